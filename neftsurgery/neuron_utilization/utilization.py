@@ -24,7 +24,6 @@ from ..selection.budget import Amount
 from ..selection.selection import Selection
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
-from ..surgery.pairing import scored_count
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..text import printable
@@ -66,7 +65,7 @@ class UtilizationPlan:
     @property
     def neurons(self) -> int:
         """How many neurons are ranked."""
-        return sum(map(scored_count, self.tensors.values()))
+        return sum(tensor.neurons for tensor in self.tensors.values())
 
     def facts(self) -> dict[str, Any]:
         """What is compared, and how: the `Utilization.facts` of the result."""
@@ -231,8 +230,8 @@ def _count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> 
         tensor = tensors.get(name)
         if tensor is None or tensor.axes != chosen.layout.axes:
             count += len(chosen.index)
-        elif tensor.part is not None:
-            count += int((~tensor.part.mask()[chosen.index]).sum())
+        else:
+            count += int((~tensor.counted()[chosen.index]).sum())
     return count
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
+from ..neurons.anatomy import NeuronTensor
 from ..options import SelectOptions, split
 from ..selection.budget import Budget
 from ..selection.choice import Block, choose
@@ -26,7 +27,6 @@ from .scored_tensors import (
     WHAT,
     CompanionBias,
     ScoreArrays,
-    ScoredTensor,
     SumBatch,
     Unscored,
     batches,
@@ -46,7 +46,7 @@ class Scores(FileBacked):
         self,
         file: TensorFile,
         facts: Mapping[str, object],
-        tensors: Mapping[str, ScoredTensor],
+        tensors: Mapping[str, NeuronTensor],
         companion_biases: Mapping[str, CompanionBias],
         arrays: ScoreArrays,
     ) -> None:
@@ -217,7 +217,7 @@ class Scores(FileBacked):
         return Selection(tensors, facts)
 
     def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
-        def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
+        def alike(tensor: NeuronTensor) -> tuple[str, str, int]:
             """The same for neighbours that may share a block: one pool, and one cost per neuron."""
             own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
             return (
@@ -272,9 +272,8 @@ class Scores(FileBacked):
 
     def _changed(self) -> Iterator[tuple[str, Int64Array]]:
         for name, tensor in self.tensors.items():
-            mask = tensor.belongs()
             changed = self._differing(name)
-            yield name, changed if mask is None else changed[mask[changed]]
+            yield name, changed[tensor.counted()[changed]]
         for name, bias in self.companion_biases.items():
             if bias.included:
                 yield name, self._differing(name)

@@ -185,8 +185,7 @@ def _plan(
     if place is None:
         require_writable(checkpoint, [shard for shard, tensors in rows_by_file(checkpoint, rows) if tensors])
     files = FolderFiles() if place is None else folder_files(checkpoint)
-    watch = Stopwatch()
-    with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+    with Stopwatch() as watch, progress("checking", sum(p.value_bytes for p in patches)) as advance:
         replaced = rows if goal == "base" else None
         states = examine(
             checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance

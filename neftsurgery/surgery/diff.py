@@ -78,7 +78,7 @@ class DiffPlan:
             "anatomy": self.pair.anatomy.name,
             "scored_tensors": len(self.pair.anatomy.scored),
             "common_tensors": len(self.pair.jobs),
-            "neurons": self.pair.neurons,
+            "neurons": self.pair.anatomy.neurons,
             "units": self.pair.anatomy.unit_count,
             "selected": 0,
             "bytes_to_read": self.pair.nbytes,
@@ -95,9 +95,7 @@ class DiffPlan:
         base, _, jobs = self.pair.compared
         kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
         code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
-        watch = Stopwatch()
-        before = self.pair.bytes_read
-        with watch.running():
+        with Stopwatch(*(() if limits.executor else (self.pair.base, self.pair.tuned))) as watch:
             facts = self._facts()
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
@@ -115,7 +113,7 @@ class DiffPlan:
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
             scores = Scores.read(written.reader())
-        watch.bytes_read = self.pair.nbytes if limits.executor else self.pair.bytes_read - before
+        watch.bytes_read += self.pair.nbytes if limits.executor else 0
         scores.timing = watch.timing
         return scores
 
@@ -333,10 +331,7 @@ class _Sink:
         numbers = {"base_sq": sums.aa, "dot": sums.ad, **_changes(sums)}
         counts = [tensor.layout.count for tensor in tensors]
         edges = np.cumsum([0, *counts])
-        counted = np.ones(edges[-1], np.bool_)
-        for start, stop, tensor in zip(edges, edges[1:], tensors, strict=False):
-            if tensor.part is not None:
-                counted[start:stop] = tensor.part.mask()
+        counted = np.concatenate([tensor.counted() for tensor in tensors])
         self.nonfinite += int(np.count_nonzero(~sums.finite & counted))
         if tensors[0].units is None:
             numbers["score"] = self._scores(tensors, sums)

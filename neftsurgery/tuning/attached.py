@@ -361,8 +361,8 @@ def attach(
             ``overlay``: the weight is never written; for quantized, sharded and shared weights. ``auto``:
             scatter where possible.
         trainable: None: a selection is, a patch is not.
-        skip: By ``"unattachable"``, leave out tensors that cannot be attached to this model, with a warning that
-            names them, instead of refusing them all. `Attached.skipped` tells why.
+        skip: By ``"unattachable"``, leave out tensors that cannot be attached to this model, with a warning
+            that names them, instead of refusing them all. `Attached.skipped` tells why.
 
     Raises:
         MismatchError: If the selection or patch does not fit the model or its base, or the model's dtype
