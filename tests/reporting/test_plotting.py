@@ -44,4 +44,4 @@ def test_text_can_be_read_on_a_phone(columns):
 
     drawn = svg(draw, "salt")
     assert float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1]) <= 368
-    assert min(map(float, re.findall(r"font: ([\d.]+)px", drawn))) >= 8
+    assert min(map(float, re.findall(r"font(?:-size)?: ([\d.]+)px", drawn))) >= 8
