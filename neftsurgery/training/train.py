@@ -83,7 +83,7 @@ def require_training() -> None:
             raise ImportError(name="datasets")
     except ImportError as error:
         raise UsageError(
-            f"training needs a package that is not installed: {error.name}",
+            f"training needs a package that is not installed: {error.name or error}",
             hint=install_command("train"),
         ) from error
 
