@@ -23,6 +23,7 @@ from ..live.weights import can_represent, is_shard
 from ..text import some
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .base_checkpoint import float_dtype
+from .processes import check_same_neurons, refuse_engines
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Training:
         self.neurons: list[AttachedNeurons] = []
         self.optimizers: WeakSet[Optimizer] = WeakSet()  # whose steps were seen
         self._reported = False  # whether neurons that something has frozen were named
+        self._compared = False  # whether other processes were asked for theirs
 
     def add(self, neurons: AttachedNeurons) -> None:
         """Have new values written after a step, and checked before one, by any optimizer."""
@@ -62,7 +64,7 @@ class Training:
 
         Values in the dtype of the base are enough ``for_patch``: DeepSpeed keeps wider ones to itself.
         """
-        sharded = any(is_shard(neurons.rows) for neurons in self.neurons)
+        sharded = any(is_shard(neurons.rows) or is_shard(neurons.weight) for neurons in self.neurons)
         model = self._model()
         modules = set() if model is None else set(model.modules())
         for neurons in self.neurons:
@@ -92,6 +94,12 @@ class Training:
                     hint="call fully_shard on the whole model too, after attach",
                 )
 
+    def compare(self) -> None:
+        """Compare the neurons with those of the other processes, once."""
+        model, self._compared, compared = self._model(), True, self._compared
+        if model is not None and not compared:
+            check_same_neurons(model, self.neurons)
+
     def check_patch(self) -> None:
         """Refuse a patch of values that the model does not compute with; name what else was trained."""
         self.check(for_patch=True)
@@ -107,6 +115,7 @@ class Training:
 
     def report_frozen(self, computed: AttachedNeurons) -> None:
         """Name the neurons that something has frozen since, at the first pass that trains a model so."""
+        refuse_engines([(computed.name, computed.rows)])
         if not self._reported and not computed.rows.requires_grad:
             self._reported = True
             log.warning(
@@ -145,7 +154,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     _report_untrained(attached)
-    for training in {neurons.training for _, neurons in attached if neurons.training is not None}:
+    for training in dict.fromkeys(neurons.training for _, neurons in attached if neurons.training is not None):
+        training.compare()
         training.check()
         training.optimizers.add(optimizer)
 

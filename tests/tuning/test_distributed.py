@@ -55,17 +55,34 @@ def test_two_processes(tmp_path: Path, kind: str, mode: str) -> None:
                 torch.testing.assert_close(theirs, rows_of(attached, name).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_experts_that_one_process_does_not_visit(tmp_path: Path) -> None:
-    """Neither waits for the other; both have the mean of their gradients."""
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    script = str(SCRIPT.with_name("expert_script.py"))
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The cases of `process_script` that each of two processes passed."""
+    rendezvous = f"file://{tmp_path_factory.mktemp('processes') / 'rendezvous'}"
+    command = [sys.executable, str(SCRIPT.with_name("process_script.py")), rendezvous]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, script, rendezvous, str(rank)], env=environment) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     try:
-        assert [process.wait(100) for process in processes] == [0, 0]
+        return [process.communicate(timeout=100)[0].split() for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_experts_that_one_process_does_not_visit(passed: list[list[str]]) -> None:
+    """Neither waits for the other; both have the mean of their gradients."""
+    assert all("experts" in cases for cases in passed)
+
+
+def test_processes_that_attach_other_neurons(passed: list[list[str]]) -> None:
+    """Under DDP and FSDP2: each says so, with the tensor's name, before the first step."""
+    assert all("other_neurons" in cases for cases in passed)
+
+
+def test_a_process_that_ends(passed: list[list[str]]) -> None:
+    """The other has an error, of gloo, rather than waiting."""
+    assert all("a_process_that_ends" in cases for cases in passed)
