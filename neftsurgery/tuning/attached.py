@@ -199,7 +199,9 @@ class Attached:
         self._remove()
         try:
             self._attach(what)
-            carry_over(old, self._training.neurons, optimizers)
+            order = {id(parameter): n for n, parameter in enumerate(self.model.parameters())}
+            new = sorted(self._training.neurons, key=lambda each: order[id(each.rows)])  # a new optimizer's
+            carry_over(old, new, optimizers)
         except BaseException:
             self._remove()
             self._install(earlier, plans, skipped)
@@ -209,16 +211,17 @@ class Attached:
         self.refresh()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self, *, values: bool = False) -> Iterator[None]:
         """Have the model compute with the base's neurons in this context, to the bit, and then as before.
 
-        So one model is also its own reference. The neurons have no gradient meanwhile.
+        So one model is also its own reference. The neurons have no gradient meanwhile, but the weights may.
+        With ``values``, in mode ``scatter``, the weights keep their values.
         """
         self._require_attached()
         changed = [neurons for neurons in self._neurons if not neurons.disabled]
         try:
             for neurons in changed:
-                neurons.disable()
+                neurons.disable(keep=values)
             yield
         finally:
             for neurons in changed:
