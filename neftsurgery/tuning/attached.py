@@ -119,23 +119,15 @@ class Attached:
     ) -> Patch:
         """The neurons as they are now, as a patch on the base.
 
-        Parameters
-        ----------
-        path:
-            Where to write it. None: to a temporary file, until it is saved.
-        reversible:
-            Keep the replaced values in it.
-        facts:
-            More entries of its manifest, such as ``training``; JSON.
-        force:
-            Replace ``path`` if it exists.
+        Args:
+            path: Where to write it. None: to a temporary file, until it is saved.
+            reversible: Keep the replaced values in it.
+            facts: More entries of its manifest, such as ``training``; JSON.
+            force: Replace ``path`` if it exists.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, the neurons are detached, or they are not trained.
-        MachineError
-            If it cannot be written, or the base's files have changed.
+        Raises:
+            UsageError: If ``path`` exists, the neurons are detached, or they are not trained.
+            MachineError: If it cannot be written, or the base's files have changed.
         """
         self._require_attached()
         if not self.trainable:
@@ -359,35 +351,26 @@ def attach(
 ) -> Attached:
     """Make the chosen neurons of a live model trainable and freeze the rest; or put a patch's values in.
 
-    Parameters
-    ----------
-    model:
-        A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict stay.
-    what:
-        A selection: its neurons become trainable, starting from the values that the model holds. A patch, its
-        file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values, and are
-        trained only if ``trainable``.
-    base:
-        The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the
-        patch its dtypes and hashes. None: the checkpoint that the model names, if that is on this
-        machine, else the live weights. False: the live weights.
-    mode:
-        ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
-        ``overlay``: the weight is never written; for quantized, sharded and shared weights.
-        ``auto``: scatter where possible.
-    trainable:
-        None: a selection is, a patch is not.
-    skip:
-        ``"unattachable"``: leave out tensors that cannot be attached to this model, with a warning that names
-        them, instead of refusing them all. `Attached.skipped` tells why.
+    Args:
+        model: A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict
+            stay.
+        what: A selection: its neurons become trainable, starting from the values that the model holds. A
+            patch, its file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values,
+            and are trained only if ``trainable``.
+        base: The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the patch
+            its dtypes and hashes. None: the checkpoint that the model names, if that is on this machine, else
+            the live weights. False: the live weights.
+        mode: ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
+            ``overlay``: the weight is never written; for quantized, sharded and shared weights. ``auto``:
+            scatter where possible.
+        trainable: None: a selection is, a patch is not.
+        skip: By ``"unattachable"``, leave out tensors that cannot be attached to this model, with a warning
+            that names them, instead of refusing them all. `Attached.skipped` tells why.
 
-    Raises
-    ------
-    MismatchError
-        If the selection or patch does not fit the model or its base, or the model's dtype cannot hold
-        the checkpoint's values exactly. Nothing is changed.
-    UsageError
-        If the model, or neurons that are already attached, do not allow it. Nothing is changed.
+    Raises:
+        MismatchError: If the selection or patch does not fit the model or its base, or the model's dtype
+            cannot hold the checkpoint's values exactly. Nothing is changed.
+        UsageError: If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)

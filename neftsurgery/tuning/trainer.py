@@ -55,15 +55,12 @@ class PatchSaving(_Trainer):
     Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, alone or under DDP, FSDP2, ZeRO 1 or 2.
     Saves hold the patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
 
-    Parameters
-    ----------
-    attached:
-        The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
+    Args:
+        attached: The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
 
-    Raises
-    ------
-    UsageError
-        If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the model.
+    Raises:
+        UsageError: If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the
+            model.
     """
 
     reselects = False  # whether a save may be of other neurons, by `Attached.select`: then these are trained
@@ -97,10 +94,8 @@ class PatchSaving(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's ``train``. With ``resume_from_checkpoint=True``, from the last complete save.
 
-        Raises
-        ------
-        UsageError
-            If there is no complete save to resume from.
+        Raises:
+            UsageError: If there is no complete save to resume from.
         """
         if resume_from_checkpoint is True:
             found = last_save(self.args.output_dir)
