@@ -143,8 +143,8 @@ def _masked(model: Any, share: float) -> TrainingMethod:
 
 def _rank(model: Any, share: float) -> int:
     """The rank whose number of parameters is nearest to NeFT's."""
-    modules = linears(model)
-    return max(1, round(_wanted(model, share) / sum(m.in_features + m.out_features for m in modules.values())))
+    widths = sum(m.in_features + m.out_features for m in linears(model).values())
+    return max(1, round(_wanted(model, share) / widths))
 
 
 def _wanted(model: Any, share: float) -> int:

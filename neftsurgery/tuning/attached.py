@@ -118,23 +118,15 @@ class Attached:
     ) -> Patch:
         """The neurons as they are now, as a patch on the base.
 
-        Parameters
-        ----------
-        path:
-            Where to write it. None: to a temporary file, until it is saved.
-        reversible:
-            Keep the replaced values in it.
-        facts:
-            More entries of its manifest, such as ``training``; JSON.
-        force:
-            Replace ``path`` if it exists.
+        Args:
+            path: Where to write it. None: to a temporary file, until it is saved.
+            reversible: Keep the replaced values in it.
+            facts: More entries of its manifest, such as ``training``; JSON.
+            force: Replace ``path`` if it exists.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, the neurons are detached, or they are not trained.
-        MachineError
-            If it cannot be written, or the base's files have changed.
+        Raises:
+            UsageError: If ``path`` exists, the neurons are detached, or they are not trained.
+            MachineError: If it cannot be written, or the base's files have changed.
         """
         self._require_attached()
         if not self.trainable:
@@ -201,7 +193,9 @@ class Attached:
         self._remove()
         try:
             self._attach(what)
-            carry_over(old, self._training.neurons, optimizers)
+            order = {id(parameter): n for n, parameter in enumerate(self.model.parameters())}
+            new = sorted(self._training.neurons, key=lambda each: order[id(each.rows)])  # a new optimizer's
+            carry_over(old, new, optimizers)
         except BaseException:
             self._remove()
             self._install(earlier, plans, skipped)
@@ -211,16 +205,17 @@ class Attached:
         self.refresh()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self, *, values: bool = False) -> Iterator[None]:
         """Have the model compute with the base's neurons in this context, to the bit, and then as before.
 
-        So one model is also its own reference. The neurons have no gradient meanwhile.
+        So one model is also its own reference. The neurons have no gradient meanwhile, but the weights may.
+        With ``values``, in mode ``scatter``, the weights keep their values.
         """
         self._require_attached()
         changed = [neurons for neurons in self._neurons if not neurons.disabled]
         try:
             for neurons in changed:
-                neurons.disable()
+                neurons.disable(keep=values)
             yield
         finally:
             for neurons in changed:
@@ -358,35 +353,26 @@ def attach(
 ) -> Attached:
     """Make the chosen neurons of a live model trainable and freeze the rest; or put a patch's values in.
 
-    Parameters
-    ----------
-    model:
-        A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict stay.
-    what:
-        A selection: its neurons become trainable, starting from the values that the model holds. A patch, its
-        file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values, and are
-        trained only if ``trainable``.
-    base:
-        The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the
-        patch its dtypes and hashes. None: the checkpoint that the model names, if that is on this
-        machine, else the live weights. False: the live weights.
-    mode:
-        ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
-        ``overlay``: the weight is never written; for quantized, sharded and shared weights.
-        ``auto``: scatter where possible.
-    trainable:
-        None: a selection is, a patch is not.
-    skip:
-        ``"unattachable"``: leave out tensors that cannot be attached to this model, with a warning that names
-        them, instead of refusing them all. `Attached.skipped` tells why.
+    Args:
+        model: A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict
+            stay.
+        what: A selection: its neurons become trainable, starting from the values that the model holds. A
+            patch, its file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values,
+            and are trained only if ``trainable``.
+        base: The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the patch
+            its dtypes and hashes. None: the checkpoint that the model names, if that is on this machine, else
+            the live weights. False: the live weights.
+        mode: ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
+            ``overlay``: the weight is never written; for quantized, sharded and shared weights. ``auto``:
+            scatter where possible.
+        trainable: None: a selection is, a patch is not.
+        skip: By ``"unattachable"``, leave out tensors that cannot be attached to this model, with a warning
+            that names them, instead of refusing them all. `Attached.skipped` tells why.
 
-    Raises
-    ------
-    MismatchError
-        If the selection or patch does not fit the model or its base, or the model's dtype cannot hold
-        the checkpoint's values exactly. Nothing is changed.
-    UsageError
-        If the model, or neurons that are already attached, do not allow it. Nothing is changed.
+    Raises:
+        MismatchError: If the selection or patch does not fit the model or its base, or the model's dtype
+            cannot hold the checkpoint's values exactly. Nothing is changed.
+        UsageError: If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)

@@ -173,10 +173,10 @@ class AttachedNeurons:
         self._write(rows.detach(), weight)
         self._record_versions()
 
-    def disable(self) -> None:
-        """Put the base's vectors into the weight, and have no forward pass compute with the values."""
+    def disable(self, keep: bool = False) -> None:
+        """Have no forward pass compute with the values, and put the base's vectors into the weight."""
         self.disabled = True
-        if self._written is not None:
+        if self._written is not None and not keep:
             assert self.saved is not None
             self._values = None if self.trainable else self._vectors()
             self._disabled_at = self._written._version

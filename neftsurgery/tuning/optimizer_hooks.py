@@ -67,6 +67,9 @@ class Training:
         sharded = any(is_shard(neurons.rows) or is_shard(neurons.weight) for neurons in self.neurons)
         model = self._model()
         modules = set() if model is None else set(model.modules())
+        if model is not None and not self._compared and not for_patch:
+            self._compared = True
+            check_same_neurons(model, self.neurons)
         for neurons in self.neurons:
             if neurons.module not in modules:
                 raise UsageError(
@@ -93,12 +96,6 @@ class Training:
                     tensor=neurons.name,
                     hint="call fully_shard on the whole model too, after attach",
                 )
-
-    def compare(self) -> None:
-        """Compare the neurons with those of the other processes, once."""
-        model, self._compared, compared = self._model(), True, self._compared
-        if model is not None and not compared:
-            check_same_neurons(model, self.neurons)
 
     def check_patch(self) -> None:
         """Refuse a patch of values that the model does not compute with; name what else was trained."""
@@ -154,8 +151,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     _report_untrained(attached)
-    for training in dict.fromkeys(neurons.training for _, neurons in attached if neurons.training is not None):
-        training.compare()
+    trainings = (neurons.training for _, neurons in attached)
+    for training in filter(None, dict.fromkeys(trainings)):  # in the same order in all processes
         training.check()
         training.optimizers.add(optimizer)
 

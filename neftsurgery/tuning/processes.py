@@ -1,4 +1,4 @@
-"""Several processes that train one model: which ways are refused, and that all have attached the same neurons."""
+"""Several processes that train one model: what is refused, and that all have attached the same neurons."""
 
 from __future__ import annotations
 
@@ -48,12 +48,8 @@ def refuse_engines(parameters: Iterable[tuple[str, Tensor]]) -> None:
 def refuse_tensor_parallel(model: nn.Module) -> None:
     """Raise a `UsageError` for a weight that processes have parts of, unless FSDP 2 cares for it."""
     shards: dict[str, Any] = {name: one for name, one in model.named_parameters() if is_shard(one)}
-    if not shards:
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    known = {id(parameter) for module in sharded for parameter in module.parameters()}  # type: ignore[attr-defined]
+    sharded = (module for module in model.modules() if hasattr(module, "set_requires_gradient_sync"))
+    known = {id(parameter) for module in sharded for parameter in module.parameters()}
     for name, shard in shards.items():
         if id(shard) not in known or sum(placement.is_shard() for placement in shard.placements) > 1:
             what = "tensor parallelism has cut this weight, and neurons do not follow"
@@ -61,36 +57,25 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
 
 
 def check_same_neurons(model: nn.Module, attached: Sequence[AttachedNeurons]) -> None:
-    """Raise a `UsageError`, in every process, unless those that train ``model`` have the same neurons.
+    """Raise a `UsageError`, in every process that trains ``model``, unless all have the same neurons.
 
     All of them must call this: an optimizer's step is such a moment.
     """
     rows: Any = attached[0].rows
-    wrapper: Any = None if is_shard(rows) or not _in_group() else _reducer_of(model)
+    if is_shard(rows):
+        groups = rows.device_mesh.get_all_groups()
+    else:
+        groups = [getattr(_reducer_of(model) if _in_group() else None, "process_group", None)]
     sums = [zlib.crc32(f"{neurons.name} {neurons.parameter_name}".encode()) for neurons in attached]
-    for group in rows.device_mesh.get_all_groups() if is_shard(rows) else [getattr(wrapper, "process_group", None)]:
-        if group is None:
-            continue
-        counts, other = _gathered([len(sums)], rows.device, group), [True]
-        if (counts == counts[0]).all():
-            found = _gathered(sums, rows.device, group)
-            other = (found != found[0]).any(dim=0).tolist()
-        if any(other):
+    for group in filter(None, groups):
+        most = torch.tensor([sums, [-each for each in sums]], device=rows.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX, group)
+        if (other := most[0] != -most[1]).any():
             raise UsageError(
                 "the processes have attached different neurons",
-                tensor=attached[other.index(True)].name,
-                expected="one selection for all processes",
-                found=f"others in process {distributed.get_rank()}, or in another one",
-                hint="load the selection from one file, or choose with one seed",
+                tensor=attached[int(other.nonzero()[0])].name,
+                hint="attach one selection: load it from one file, or choose with one seed",
             )
-
-
-def _gathered(values: list[int], device: torch.device, group: Any) -> Tensor:
-    """The ``values`` of each process, ``[processes, n]``."""
-    own = torch.tensor(values, device=device)
-    found = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(found, own, group=group)
-    return torch.stack(found)
 
 
 def _in_group() -> bool:
