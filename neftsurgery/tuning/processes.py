@@ -48,8 +48,7 @@ def refuse_engines(parameters: Iterable[tuple[str, Tensor]]) -> None:
 def refuse_tensor_parallel(model: nn.Module) -> None:
     """Raise a `UsageError` for a weight that processes have parts of, unless FSDP 2 cares for it."""
     shards: dict[str, Any] = {name: one for name, one in model.named_parameters() if is_shard(one)}
-    sharded = (module for module in model.modules() if hasattr(module, "set_requires_gradient_sync"))
-    known = {id(parameter) for module in sharded for parameter in module.parameters()}
+    known = {id(one) for module in filter(_is_fsdp2, model.modules()) for one in module.parameters()}
     for name, shard in shards.items():
         if id(shard) not in known or sum(placement.is_shard() for placement in shard.placements) > 1:
             what = "tensor parallelism has cut this weight, and neurons do not follow"
@@ -84,14 +83,13 @@ def _in_group() -> bool:
 
 def _reducer_of(model: nn.Module) -> nn.Module | None:
     """What reduces the gradients of the model's parameters, or some of them, and only of those it knows."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
     inside = set(model.modules())
-    if (sharded := next((module for module in inside if isinstance(module, FSDPModule)), None)) is not None:
+    if (sharded := next(filter(_is_fsdp2, inside), None)) is not None:
         return sharded
     gc.collect()  # a module does not know what wraps it
-    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-    for found in gc.get_objects():
-        if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
-            return found  # type: ignore[no-any-return]
-    return None
+    ddp = (one for one in gc.get_objects() if issubclass(type(one), nn.parallel.DistributedDataParallel))
+    return next((one for one in ddp if not inside.isdisjoint(one.modules())), None)
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync")  # the import of its class takes long
