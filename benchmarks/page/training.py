@@ -34,6 +34,8 @@ lists the settings. The raw runs are kept ([steps]({folder}/{results}), [switche
 - Adapters have the rank whose number of parameters is nearest to NeFT's.
 - Peak memory is that of the steps: on a processor the peak resident bytes above what the process held after
   its imports, on a GPU the peak of allocated bytes.
+- Processor time is that of all threads of a process. On a busy machine it says more than the time on the
+  clock.
 - No test asserts these figures: machines are noisy.
 - `make gpu` measures a GPU, beside the tests marked for CUDA and the switch between patches, and writes one
   page, `build/gpu.md`."""
