@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
-from ..storage.executors import Seen
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors
+from ..storage.threads import Seen
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
@@ -43,9 +43,7 @@ class Shard:
     name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
-    part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
-    )
+    part: str = ""  # what comes before the names of its tensors, ``unet/``: see `weight_files`
 
     @classmethod
     def open(cls, root: Path, name: str, part: str = "") -> Shard:
@@ -237,16 +235,11 @@ class Checkpoint:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
-        self.opened.count(len(buffer))
-        file.read_into(buffer, self.position(name)[1] + start)
+        self._reading(name, len(buffer)).read_into(buffer, self.position(name)[1] + start)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
-        self.opened.count(out.nbytes)
+        file = self._reading(name, out.nbytes)
         offset, row = self.position(name)[1], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
         # Cached rows are read by thousands of calls that never wait for a disk. Several threads at once would
@@ -258,8 +251,7 @@ class Checkpoint:
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
         """Bytes of a tensor, mapped if in memory, or fetched from a URL; else None. Not to be changed."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+        file = self._reading(name, 0)
         if file.remote is not None:
             fetched = np.empty(size, np.uint8)
             self.read_into(name, start, fetched.data)
@@ -268,6 +260,12 @@ class Checkpoint:
         if found is not None:
             self.opened.count(size)
         return found
+
+    def _reading(self, name: str, nbytes: int) -> OpenFile:
+        """The open file of tensor ``name``, of which ``nbytes`` count as read."""
+        file = self.opened.get(self.shard_of(name))
+        self.opened.count(nbytes)
+        return file
 
     @property
     def bytes_read(self) -> int:
