@@ -25,6 +25,7 @@ from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
 from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
+from ..selection.selection import Selection
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
@@ -61,6 +62,8 @@ class PatchSaving(_Trainer):
         UsageError: If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the
             model.
     """
+
+    reselects = False  # whether a save may be of other neurons, by `Attached.select`: then these are trained
 
     def __init__(self, model: Any = None, *args: Any, attached: Attached, **kwargs: Any) -> None:
         if model is not None and model is not attached.model:
@@ -202,6 +205,8 @@ class PatchSaving(_Trainer):
         """Load the neurons' values of a save."""
         with Patch.load(save / PATCH_NAME) as patch:
             require_same_files("the save belongs to another base", self.attached.base, patch.base, file=save)
+            if self.reselects:
+                self.attached.select(Selection(patch.selection.tensors, self.attached.selection.facts))
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:
