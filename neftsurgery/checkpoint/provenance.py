@@ -49,7 +49,6 @@ def fingerprint(
     """
     own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
     names = {**own, **(names or {})}
-
     tensors = [(name, stored, weights.tensors[stored]) for name, stored in sorted(names.items())]
     state, edge, whole = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES
     nbytes = [info.nbytes for _, _, info in tensors]

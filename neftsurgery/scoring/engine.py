@@ -98,8 +98,7 @@ class Engine:
         self, base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], limits: Limits, sizes: CutSizes
     ) -> None:
         self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
-        self._least_window = sizes.least_window
-        self._local = threading.local()
+        self._least_window, self._local = sizes.least_window, threading.local()
 
     def run(
         self, task: Sequence[TensorPiece] | range
@@ -141,11 +140,13 @@ class Engine:
     def _windows(
         self, sides: Sequence[WeightReader], info: TensorInfo, start: int, stop: int
     ) -> list[RawBytes | None]:
-        """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
+        """A part of a tensor on both sides, mapped or fetched; None for a side that cannot be."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
-        if size < self._least_window or not self._limits.mapped:
+        if size < self._least_window:
             return [None, None]
-        found = [side.window(info.name, first, size) for side in sides]
+        rooms, mapped = self._buffers(size)[:, :size], self._limits.mapped
+        pairs = zip(sides, rooms, strict=True)
+        found = [side.window(info.name, first, room, mapped) for side, room in pairs]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
@@ -175,7 +176,7 @@ class Engine:
         """Two buffers of this thread, each of at least ``size`` bytes."""
         buffers: RawBytes | None = getattr(self._local, "buffers", None)
         if buffers is None or buffers.shape[1] < size:
-            buffers = self._local.buffers = np.empty((2, size), np.uint8)
+            buffers = self._local.buffers = np.empty((2, size + -size % 64), np.uint8)  # aligned
         return buffers
 
 

@@ -121,7 +121,6 @@ def same_bases(
     """
     known = {rows.patch for rows in undone}
     hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
-
     plain = fingerprint(checkpoint)
     clear = all(patch.base.fingerprint in (None, plain) for patch in patches)
     forms, tied = ([], {}) if clear else tied_forms(checkpoint)

@@ -50,8 +50,8 @@ class RowReader(TensorReader, Protocol):
 class WeightReader(RowReader, Protocol):
     """All that scoring sees of a model. Thread-safe."""
 
-    def window(self, name: str, start: int, size: int) -> RawBytes | None:
-        """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
+        """Bytes of ``name`` to fill ``room``: fetched into it, or, if ``mapped``, mapped; else None."""
 
     def address(self, name: str) -> int:
         """Where tensor ``name`` lies, as one number for all files; -1 if it is computed.
