@@ -269,7 +269,7 @@ def _settings(studies: Sequence[PretrainedStudy]) -> Iterator[str]:
     one, setting = studies[0], studies[0].setting["setting"]
     runs = sum(len(cells) for study in studies for name, cells in study.runs.items() if name != "start")
     yield (
-        f"- {one.setting['parameters']:,} parameters, float32; batches of {setting['batch']}, at most "
+        f"- {one.setting['parameters']:,} parameters in float32, products in {setting['precision']}; batches of {setting['batch']}, at most "
         f"{setting['length']} tokens; {setting['dev']} examples for the dev loss, {setting['test']} to test."
     )
     yield f"- {len(one.tried)} runs to find rates, {len(one.screened)} to screen, {runs} that count."
