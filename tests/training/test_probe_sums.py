@@ -1,4 +1,4 @@
-"""The contrast of activations, against a direct computation; `test_gradient_probe` tests gradients' sums."""
+"""The contrast of activations, against a direct computation; `test_gradient_probe` has the gradients."""
 
 from __future__ import annotations
 
