@@ -73,7 +73,7 @@ def gradient_scores(
     for name, found in places.items():
         if any(place.layout != layouts[place.parameter] for place in found):
             raise MismatchError("another tensor has neurons along another axis of its weight", tensor=name)
-    running = {name: KINDS[score][0](weights[name], layout) for name, layout in layouts.items()}
+    running = {name: KINDS[score](weights[name], layout) for name, layout in layouts.items()}
     count = _load_sums(running, saved)
     numbered = chain(zip(repeat(0), batches), zip(repeat(1), against))
     with closing(add_batches(model, running, islice(numbered, count, None))) as losses:
