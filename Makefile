@@ -27,8 +27,9 @@ DOCS   ?= build/docs
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# Tests run in parallel processes, each with one torch thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+# Tests run in parallel processes, each with one torch thread. They start hundreds of processes, which find compiled
+# bytecode whatever the environment says of writing it.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 SIZE   ?= 2.4GB
 ARGS   ?=

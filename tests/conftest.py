@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
+from processor_time import ProcessorTime
 from support import LLAMA_CONFIG, Result, llama, write_folder
 
 from neftsurgery.cli.main import run
@@ -34,6 +36,25 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ProcessorTime())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process ends long after the others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects of modules and tests last as long as the run: no collection visits them again.
+
+    `attach` collects garbage, and looks at every object for what wraps its model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

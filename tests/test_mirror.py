@@ -26,7 +26,6 @@ ELSEWHERE = {
     "peft/config.py": "peft/test_model.py",
     "peft/layer.py": "peft/test_model.py",
     "progress.py": "surgery/test_verify.py",
-    "quantization/codes.py": "quantization/test_layouts.py",
     "quantization/weight.py": "quantization/test_layouts.py",
     "scoring/partial_sums.py": "scoring/test_engine.py",
     "scoring/scored_tensors.py": "scoring/test_scores.py",

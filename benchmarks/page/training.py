@@ -11,13 +11,16 @@ from benchmarks.harness.log import log
 from benchmarks.page.files import machines, requirement_table, row, table
 from benchmarks.page.metrics import Entry, Spread, ratio, spread
 from benchmarks.page.requirements import Requirement
+from benchmarks.page.switch import switch
+from benchmarks.switch.options import RESULTS as SWITCH
 from benchmarks.training.suite import RESULTS
 
 INTRODUCTION = """\
 # Benchmarks of training
 
-`python -m benchmarks training` makes this page; `--help` lists the settings. The
-[raw runs]({folder}/{results}) are kept; `python -m benchmarks render` makes this page from them.
+`python -m benchmarks training` and `python -m benchmarks switch` make this page; `--help`
+lists the settings. The raw runs are kept ([steps]({folder}/{results}), [switches]({folder}/switch.json));
+`python -m benchmarks render` makes this page from them.
 
 - Each contestant is its own process, with a Llama of the same shape, random weights, and the same batch. The
   processes run side by side and step in turns, A B C A B C, so that drift affects all alike. Figures are
@@ -40,18 +43,20 @@ Part = dict[str, Any]
 
 def render_training(folder: Path) -> None:
     """Writes ``folder-training.md`` from the results in ``folder``."""
-    parts = results.load(folder / RESULTS)
+    parts, switches = results.load(folder / RESULTS), results.load(folder / SWITCH)
     page = folder.with_name(f"{folder.name}-training.md")
-    page.write_text("\n\n".join(_page(parts, folder.name)) + "\n")
+    page.write_text("\n\n".join(_page(parts, switches, folder.name)) + "\n")
     log(f"wrote {page}")
 
 
-def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
+def _page(parts: dict[str, Part], switches: dict[str, Part], folder: str) -> Iterator[str]:
     yield INTRODUCTION.format(folder=folder, results=RESULTS)
     for part in parts.values():
         yield from setting(part)
+    for part in switches.values():
+        yield from switch(part)
     yield "## Machines"
-    yield "\n".join(machines(parts))
+    yield "\n".join(machines(parts | {f"switch {name}": part for name, part in switches.items()}))
 
 
 def setting(part: Part) -> Iterator[str]:

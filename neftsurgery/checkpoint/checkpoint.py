@@ -87,41 +87,21 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
+    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights."""
 
-    Attributes
-    ----------
-    source:
-        Where it came from.
-    root, is_file:
-        The folder of its files, and whether it was named as one file.
-    shards, opened:
-        The weight files, by path; those that are open, and how many bytes were read.
-    tensors:
-        By name, in file order, under tied names too; ``info.name`` is the one that its file has.
-    absent:
-        Names that the index lists and no file has.
-    indexes, parts:
-        The indexes that led to its files, below its folder; the parts that it lists, ``unet/``, if it is made
-        of parts.
-    prefixes, original:
-        If its names are changed: how, and the checkpoint with the names that its files have.
-    quantized:
-        The weights that it shows as numbers while its files hold codes, by name; see `dequantized`.
-    """
-
-    source: Source
-    root: Path
-    is_file: bool
-    shards: tuple[Shard, ...]
-    tensors: Mapping[str, TensorInfo]
+    source: Source  # where it came from
+    root: Path  # the folder of its files
+    is_file: bool  # whether it was named as one file
+    shards: tuple[Shard, ...]  # the weight files, by path
+    tensors: Mapping[str, TensorInfo]  # in file order, under tied names too; ``info.name`` is in the file
     _home: Mapping[str, int] = field(repr=False)
-    absent: tuple[str, ...] = ()
-    indexes: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # names that the index lists and no file has
+    indexes: tuple[str, ...] = ()  # those that led to its files, below its folder
+    parts: tuple[str, ...] = ()  # ``unet/``: those that it lists, if it is made of parts
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
-    prefixes: Prefixes | None = None
-    original: Checkpoint | None = None
+    prefixes: Prefixes | None = None  # how its names are changed
+    original: Checkpoint | None = None  # with the names that its files have, if they are changed
+    #: The weights that it shows as numbers while its files hold codes, by name; see `dequantized`.
     quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -129,14 +109,11 @@ class Checkpoint:
     def open(cls, named: str | os.PathLike[str] | Source) -> Checkpoint:
         """The checkpoint at a path or of a Hub id; reads headers only.
 
-        Raises
-        ------
-        UsageError
-            If there is no such checkpoint.
-        CorruptFileError
-            If a header or the index is damaged, or points outside its folder.
-        MachineError
-            If something cannot be read, or a change in place was interrupted: see `neftsurgery.heal`.
+        Raises:
+            UsageError: If there is no such checkpoint.
+            CorruptFileError: If a header or the index is damaged, or points outside its folder.
+            MachineError: If something cannot be read, or a change in place was interrupted: see
+                `neftsurgery.heal`.
         """
         source = named if isinstance(named, Source) else resolve(named)
         refuse_unfinished(source)

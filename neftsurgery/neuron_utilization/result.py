@@ -114,18 +114,10 @@ class Utilization:
 
     The measure of Xu et al., section 6.1 of https://aclanthology.org/2025.coling-main.630/.
     ``docs/utilization.md`` has the definitions.
-
-    Attributes
-    ----------
-    tensors:
-        The tensors by name, ordered by code points.
-    facts:
-        What was compared, and how, as JSON: ``base``, ``tuned`` or ``patch``, ``text``, ``states``,
-        ``strongly``.
     """
 
-    tensors: Mapping[str, TensorUtilization]
-    facts: Mapping[str, Any]
+    tensors: Mapping[str, TensorUtilization]  # by name, ordered by code points
+    facts: Mapping[str, Any]  # ``base``, ``tuned`` or ``patch``, ``text``, ``states``, ``strongly``: JSON
 
     def __repr__(self) -> str:
         groups = self.groups()

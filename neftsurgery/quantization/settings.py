@@ -11,8 +11,7 @@ import numpy as np
 from ..errors import CorruptFileError, MismatchError
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
-from .codes import CODE_BITS
-from .weight import Companion, QuantizedWeight
+from .weight import CODE_BITS, Companion, QuantizedWeight
 
 #: Rows and columns that share a scale; 0: all of them.
 ScaleBlock = tuple[int, int]

@@ -64,7 +64,7 @@ class Fetched:
 FETCHED: list[Fetched] = []
 _lock = threading.Lock()
 _threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="neft-remote")
-_stand_ins: weakref.WeakValueDictionary[tuple[int, int], RemoteFile] = weakref.WeakValueDictionary()
+_stand_ins = dict[tuple[int, int], "RemoteFile"]()  # by device and inode
 
 
 def remote_file(opened: int | str | os.PathLike[str]) -> RemoteFile | None:
@@ -87,7 +87,8 @@ class RemoteFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         status = self.path.stat()
-        _stand_ins[status.st_dev, status.st_ino] = self
+        self._inode = status.st_dev, status.st_ino
+        _stand_ins[self._inode] = self
 
     def make(self) -> None:
         """Put into the stand-in the header of a weight file, or the content of another one."""
@@ -106,6 +107,11 @@ class RemoteFile:
                 file.truncate(self.ranged.nbytes)
             self._fetched.count(0, self.ranged.nbytes)
             self._is_made = True
+
+    def leave(self) -> None:
+        """Remove the stand-in, whose inode may be that of any file from then on."""
+        _stand_ins.pop(self._inode, None)
+        self.path.unlink(missing_ok=True)
 
     def fill(self, parts: Iterable[Wanted]) -> None:
         """Fill buffers, many at once. Raises as `RangedFile.read`."""
@@ -141,6 +147,12 @@ class RemoteFile:
             raise CorruptFileError("the file ends before its tensors do", file=self.path)
 
 
+def _remove(home: str, files: dict[str, RemoteFile]) -> None:
+    for file in files.values():
+        file.leave()
+    shutil.rmtree(home, ignore_errors=True)
+
+
 class RemoteFolder:
     """The files behind a URL, and the local folder of what stands in for them, which ends with it.
 
@@ -156,7 +168,7 @@ class RemoteFolder:
         home = tempfile.mkdtemp(prefix="neft-remote-")
         self.root = Path(home, place.shown.replace("/..", "/__"))
         self.root.mkdir(parents=True)
-        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
+        weakref.finalize(self, _remove, home, self.files)
         wanted = [*filter(_DESCRIBING.fullmatch, place.names or ()), *filter(None, [place.single])]
         self._add({*(place.names or ()), *wanted})
         self.make(wanted)
@@ -184,7 +196,7 @@ class RemoteFolder:
             self.files[name].make()
         except (AbsentError, RefusedError) as error:  # buckets that do not list refuse what is not there
             self._refused = error if isinstance(error, RefusedError) else self._refused
-            self.files.pop(name).path.unlink()
+            self.files.pop(name).leave()
 
     def _add(self, names: Iterable[str]) -> list[str]:
         """Have empty files stand in for those that have names of local files; returns the new ones."""

@@ -45,9 +45,14 @@ class OverlapRule:
 
     @classmethod
     def of(
-        cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int
+        cls,
+        patches: int,
+        on_overlap: str = "error",
+        weights: Sequence[float] | None = None,
+        density: float | None = None,
     ) -> OverlapRule:
         """Check the options for so many patches; raises a `UsageError`."""
+        name = on_overlap
         if not patches:
             raise UsageError("there is no patch to merge")
         if name not in POLICIES:

@@ -138,14 +138,12 @@ class RewritePlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
         """Write the vectors, into a copy or in place."""
         limits = limits or Limits.of()
-        watch = Stopwatch()
-        before = self.checkpoint.bytes_read
-        with watch.running():
+        with Stopwatch(self.checkpoint) as watch:
             if self.out is not None:
                 _write_copy(self, self.out, limits, progress)
             elif self.needed:
                 _write_in_place(self, limits, progress)
-        read = self.checkpoint.bytes_read - before + sum(r.patch.value_bytes for r in self.rows)
+        watch.bytes_read += sum(rows.patch.value_bytes for rows in self.rows)
         return RewriteResult(
             self.checkpoint.source.path if self.out is None else self.out,
             self.goal,
@@ -153,7 +151,7 @@ class RewritePlan:
             self.neurons,
             self.tensors,
             self.files.left,
-            self.timing + watch.timing + Timing(read),
+            self.timing + watch.timing,
         )
 
 

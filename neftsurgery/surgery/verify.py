@@ -291,9 +291,9 @@ class VerifyPlan:
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
         """Compare every vector that the patch touches, or every block of a lossless one."""
-        limits, checkpoint, patch, watch = limits or Limits.of(), self.checkpoint, self.patch, Stopwatch()
+        limits, checkpoint, patch = limits or Limits.of(), self.checkpoint, self.patch
         nbytes = patch.forward.block_bytes if isinstance(patch, LosslessPatch) else patch.value_bytes
-        with watch.running(), progress("checking", nbytes) as advance:
+        with Stopwatch() as watch, progress("checking", nbytes) as advance:
             if isinstance(patch, LosslessPatch):
                 tensors = examine_blocks(checkpoint, patch, limits=limits, advance=advance)
                 state = PatchState(tensors).state
@@ -320,19 +320,13 @@ def verify(
 
     A lossless patch is decoded, too: if the checkpoint is its base, `apply` will succeed.
 
-    Parameters
-    ----------
-    checkpoint, patch:
-        A checkpoint, and a patch or its path.
-    threads, memory, executor, progress:
-        As in `diff`.
+    Args:
+        checkpoint, patch: A checkpoint, and a patch or its path.
+        threads, memory, executor, progress: As in `diff`.
 
-    Raises
-    ------
-    MismatchError
-        If a tensor is missing, or of another shape or dtype.
-    CorruptFileError
-        If the patch does not match its own hashes, or a file is damaged.
+    Raises:
+        MismatchError: If a tensor is missing, or of another shape or dtype.
+        CorruptFileError: If the patch does not match its own hashes, or a file is damaged.
     """
     plan = plan_verify(checkpoint, patch)
     warn(log, plan.warnings)

@@ -44,6 +44,7 @@ class Examples:
     train: Sequence[Example]
     dev_sets: Mapping[str, Sequence[Example]]
     warnings: tuple[str, ...] = ()  # sentences for the user
+    against: Sequence[Example] = ()  # what a probe compares those to learn with
 
     @property
     def dev(self) -> list[Example]:
@@ -80,6 +81,8 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     kinds = ("preference",) if recipe.train.method == "dpo" else ("prompt", "messages", "text")
     read = partial(read_raw_examples, subset=data.subset, template=template, kinds=kinds)
     sets = {name: encoder.encode(read(name, data.split, limit=data.limit)) for name in data.names}
+    others = recipe.probe.against
+    against = [] if others is None else encoder.encode(read(others, data.split, limit=data.limit))
     dev = {name: encoder.encode(read(name, data.eval_split)) for name in data.eval_names}
     if not dev:
         halves = {name: _held_back(one, data.eval_share, seed) for name, one in sets.items()}
@@ -102,7 +105,8 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     stems = [Path(name).stem for name in dev]
     if len(set(stems)) == len(stems):
         dev = dict(zip(stems, dev.values(), strict=True))
-    return Examples(list(_packed(train, data.max_length)) if data.packing else train, dev, tuple(warnings))
+    train = list(_packed(train, data.max_length)) if data.packing else train
+    return Examples(train, dev, tuple(warnings), against)
 
 
 def _held_back(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -42,34 +42,25 @@ def train(
 
     An unfinished run of the same recipe resumes from its last save.
 
-    Parameters
-    ----------
-    recipe:
-        The path of a YAML file, or a mapping with the same content; ``recipes/quickstart.yaml`` explains the
-        keys. Paths in a file start from its folder, paths in a mapping from the current folder.
-    force:
-        Replace an existing ``out``.
-    resume:
-        Require an unfinished run.
-    restart:
-        Discard an unfinished run.
-    threads, memory:
-        As in `neftsurgery.diff`, for scoring files.
-    progress:
-        Receives optimizer steps.
-    **overrides:
-        Values that replace the recipe's, by section: ``out="run"``, ``train={"steps": 100}``, or
-        ``**{"train.steps": 100}`` as ``--set`` spells it.
+    Args:
+        recipe: The path of a YAML file, or a mapping with the same content; ``recipes/quickstart.yaml``
+            explains the keys. Paths in a file start from its folder, paths in a mapping from the current
+            folder.
+        force: Replace an existing ``out``.
+        resume: Require an unfinished run.
+        restart: Discard an unfinished run.
+        threads, memory: As in `neftsurgery.diff`, for scoring files.
+        progress: Receives optimizer steps.
+        **overrides: Values that replace the recipe's, by section: ``out="run"``, ``train={"steps": 100}``, or
+            ``**{"train.steps": 100}`` as ``--set`` spells it.
 
-    Raises
-    ------
-    UsageError
-        For a wrong recipe, missing files, an existing ``out``, or packages that are not installed.
-    MismatchError
-        If files do not fit the model, no neuron is chosen, an example has other fields than expected, or the
-        loss is not a number.
-    CorruptFileError, MachineError
-        For a line of examples that is not JSON; if something cannot be read or written.
+    Raises:
+        UsageError: For a wrong recipe, missing files, an existing ``out``, or packages that are not
+            installed.
+        MismatchError: If files do not fit the model, no neuron is chosen, an example has other fields than
+            expected, or the loss is not a number.
+        CorruptFileError, MachineError: For a line of examples that is not JSON; if something cannot be read
+            or written.
     """
     require_training()
     from .train_plan import plan_train

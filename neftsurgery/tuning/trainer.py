@@ -25,6 +25,7 @@ from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
 from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
+from ..selection.selection import Selection
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
@@ -54,16 +55,15 @@ class PatchSaving(_Trainer):
     Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, alone or under DDP, FSDP2, ZeRO 1 or 2.
     Saves hold the patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
 
-    Parameters
-    ----------
-    attached:
-        The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
+    Args:
+        attached: The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
 
-    Raises
-    ------
-    UsageError
-        If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the model.
+    Raises:
+        UsageError: If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the
+            model.
     """
+
+    reselects = False  # whether a save may be of other neurons, by `Attached.select`: then these are trained
 
     def __init__(self, model: Any = None, *args: Any, attached: Attached, **kwargs: Any) -> None:
         if model is not None and model is not attached.model:
@@ -94,10 +94,8 @@ class PatchSaving(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's ``train``. With ``resume_from_checkpoint=True``, from the last complete save.
 
-        Raises
-        ------
-        UsageError
-            If there is no complete save to resume from.
+        Raises:
+            UsageError: If there is no complete save to resume from.
         """
         if resume_from_checkpoint is True:
             found = last_save(self.args.output_dir)
@@ -207,6 +205,8 @@ class PatchSaving(_Trainer):
         """Load the neurons' values of a save."""
         with Patch.load(save / PATCH_NAME) as patch:
             require_same_files("the save belongs to another base", self.attached.base, patch.base, file=save)
+            if self.reselects:
+                self.attached.select(Selection(patch.selection.tensors, self.attached.selection.facts))
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:

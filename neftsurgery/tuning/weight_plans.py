@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -20,10 +21,13 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import gather
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
+from ..text import some
 from .attached_neurons import AttachedNeurons, AttachedPart, NeuronKind
 from .base_checkpoint import check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
+
+log = logging.getLogger(__name__)
 
 ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
 SkipOption: TypeAlias = Literal["unattachable"] | None
@@ -42,6 +46,10 @@ class WeightPlan:
     uses: tuple[tuple[nn.Module, str], ...] = ()
 
 
+Planned: TypeAlias = tuple[list[WeightPlan], dict[str, str]]
+"""The plans, and why each tensor that is left out cannot be attached."""
+
+
 @dataclass(frozen=True)
 class _ParameterUse:
     """A module that has the parameter: its path in the model, and the attribute."""
@@ -54,16 +62,12 @@ class _ParameterUse:
 def plan_weights(
     model: nn.Module,
     what: Selection | Patch,
-    *,
     base: Checkpoint | None,
     mode: ModeOption,
     trainable: bool,
     skip: SkipOption,
-) -> tuple[list[WeightPlan], dict[str, str]]:
-    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`.
-
-    Also tells why each tensor that ``skip`` leaves out cannot be attached.
-    """
+) -> Planned:
+    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`."""
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
@@ -89,7 +93,10 @@ def plan_weights(
                 raise
         else:
             break
-    return [replace(plan, values=_values(plan.neurons, what, base)) for plan in plans], skipped
+    if skipped:
+        reason = next(iter(skipped.values()))
+        log.warning("left out: %s cannot be attached (the first: %s)", some([*skipped]), reason)
+    return [_with_values(plan, what, base) for plan in plans], skipped
 
 
 class _ShapeError(MismatchError):
@@ -105,7 +112,7 @@ def _plan_all(
     for parameter, (layout, parts) in _parts(model, tensors).items():
         uses = all_uses[id(parameters[parameter])]
         neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
-        _check_overlap(neurons)
+        check_overlap(neurons)
         plans.append(WeightPlan(neurons, None, layers, readers))
     return plans
 
@@ -237,7 +244,8 @@ def _unreadable(use: _ParameterUse, quantized: bool, foreign: bool) -> str | Non
     return None
 
 
-def _check_overlap(neurons: AttachedNeurons) -> None:
+def check_overlap(neurons: AttachedNeurons) -> None:
+    """Raise a `UsageError` if some of the neurons are attached already."""
     for other in neurons_of_weight(neurons.module, neurons.attribute):
         if other.layout.axes == neurons.layout.axes:
             shared = int(torch.isin(other.index, neurons.index).sum())
@@ -253,8 +261,9 @@ def _check_overlap(neurons: AttachedNeurons) -> None:
         )
 
 
-def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint | None) -> Tensor | None:
-    """The values to install, after checking what the weight holds; None: the vectors that it holds."""
+def _with_values(plan: WeightPlan, what: Selection | Patch, base: Checkpoint | None) -> WeightPlan:
+    """The plan with its values, after checking what the weight holds."""
+    neurons = plan.neurons
     weight, plain = neurons.weight.detach(), is_plain(neurons.weight)
     vectors = read_vectors(weight, neurons.layout, neurons.index) if plain else None
     values = [
@@ -264,7 +273,8 @@ def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint 
         for part in neurons.parts
     ]
     found = [value for value in values if value is not None]
-    return torch.cat(found) if found else None
+    neurons.saved = vectors if neurons.trainable or neurons.mode == "scatter" else None
+    return replace(plan, values=torch.cat(found) if found else None)
 
 
 def _part_values(

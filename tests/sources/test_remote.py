@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from neftsurgery.errors import CorruptFileError, MachineError, UsageError
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.scoring.engine import stream
 from neftsurgery.scoring.partial_sums import CutSizes, Job
-from neftsurgery.sources.remote import FETCHED
+from neftsurgery.sources.remote import FETCHED, RemoteFolder, remote_file
 from neftsurgery.storage.threads import Limits
 
 ROWS, WIDTH = 1024, 1024
@@ -131,6 +132,17 @@ def test_refused_folder(server: RangeServer) -> None:
             ns.inspect(f"{server.url}/base")
     finally:
         server.fault = "", 0, 0
+
+
+def test_a_file_that_gets_the_inode_of_a_stand_in_is_itself(server: RangeServer) -> None:
+    folder = RemoteFolder(f"{server.url}/base")
+    kept = dict(folder.files)  # as the traceback of an error keeps them
+    with ExitStack() as stack:
+        opened = [stack.enter_context(file.path.open("rb")) for file in kept.values()]  # the inodes stay
+        assert any(remote_file(file.fileno()) for file in opened)
+        del folder
+        assert not any(file.path.exists() for file in kept.values())
+        assert not any(remote_file(file.fileno()) for file in opened)
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/patch", "https://user:word@host/patch?signature=secret"])

@@ -1,4 +1,4 @@
-"""One of two processes that train chosen neurons, by some engine: see test_distributed."""
+"""One of two processes that train chosen neurons, by some engines in turn: see test_distributed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from expert_script import train_experts
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -55,8 +56,7 @@ class Run:
         self.optimizer.step()
 
 
-def main(kind: str, mode: str, root: Path) -> None:
-    torch.set_num_threads(1)
+def train(kind: str, mode: str, root: Path) -> None:
     before = bits(llama().state_dict())
     run = Run(kind, mode)
     for step in range(STEPS):
@@ -81,8 +81,19 @@ def main(kind: str, mode: str, root: Path) -> None:
     else:
         run.attached.detach()
         assert bits(own_state(run.model)) == before
+
+
+def main(root: Path, *cases: str) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        kind, _, mode = case.partition(" ")
+        (root / case).mkdir(exist_ok=True)
+        train(kind, mode, root / case) if kind != "experts" else train_experts()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"{case}: right", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,8 +1,6 @@
-"""One of two processes that train rows of experts under DDP, with its own tokens: see test_distributed."""
+"""Rows of experts train under DDP in two processes, each with its own tokens: see distributed_script."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -23,10 +21,11 @@ class _Experts(nn.Module):
         return functional.linear(self.first(x), self.weight[expert])
 
 
-def main(rendezvous: str, rank: int) -> None:
-    """In the first step one process visits no expert with rows; in the second both do, or none of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def train_experts() -> None:
+    """In the first step one process visits no expert with rows; in the second both do, or none of them.
+
+    Both have the mean of their gradients.
+    """
     torch.manual_seed(0)
     model = _Experts()
     x = torch.randn(6, 4)
@@ -35,14 +34,9 @@ def main(rendezvous: str, rank: int) -> None:
     wrapped = DistributedDataParallel(model)
     for visited in ((0, 2), (1, 0)):
         model.zero_grad()
-        wrapped(x, visited[rank]).sum().backward()
+        wrapped(x, visited[dist.get_rank()]).sum().backward()
         whole = weight.clone().requires_grad_()
         losses = [functional.linear(model.first(x).detach(), whole[expert]).sum() for expert in visited]
         (dense,) = torch.autograd.grad(sum(losses), whole)
         expected = dense.view(15, 4)[[1, 3, 9]] / 2
         torch.testing.assert_close(rows_of(attached, "weight").grad, expected)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
