@@ -143,9 +143,8 @@ class Engine:
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window:
             return [None, None]
-        rooms, mapped = self._buffers(size)[:, :size], self._limits.mapped
-        pairs = zip(sides, rooms, strict=True)
-        found = [side.window(info.name, first, room, mapped) for side, room in pairs]
+        rooms = self._buffers(size)[:, :size]
+        found = [side.window(info.name, first, rooms[n], self._limits.mapped) for n, side in enumerate(sides)]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 

@@ -27,7 +27,7 @@ DEFAULT_MEMORY = 176 << 20
 _LEAST_MEMORY = 16 << 20
 _LOT_BYTES = 4 << 20
 # What is sent to an executor at once: a share of all bytes. Results have about a 64th of its bytes.
-_SHARE, _LARGEST_LOT, _RESULT_SHARE, _MOST_AHEAD = 256, 512 << 20, 64, 256
+_SHARE, _LARGEST_LOT, _RESULT_SHARE, _MOST_AHEAD = 128, 512 << 20, 64, 256
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -246,7 +246,7 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
     elements = vectors.view(dtype.carrier).reshape(-1)
     for start in range(0, len(elements), _ELEMENTS):
         if len(numbers) < TELLING:
-            numbers.update(elements[start : start + _ELEMENTS].tolist())
+            numbers.update([*set(elements[start : start + _ELEMENTS].tolist())][:TELLING])
 
 
 @dataclass(frozen=True, repr=False)
