@@ -17,9 +17,8 @@ import numpy as np
 from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
-from ..storage.executors import Dispatch
 from ..storage.page_cache import is_truncated, sigbus_guard
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Dispatch, Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader

@@ -73,7 +73,7 @@ def gradient_scores(
     for name, found in places.items():
         if any(place.layout != layouts[place.parameter] for place in found):
             raise MismatchError("another tensor has neurons along another axis of its weight", tensor=name)
-    running = {name: KINDS[score][0](weights[name], layout) for name, layout in layouts.items()}
+    running = {name: KINDS[score](weights[name], layout) for name, layout in layouts.items()}
     count = _load_sums(running, saved)
     numbered = chain(zip(repeat(0), batches), zip(repeat(1), against))
     with closing(add_batches(model, running, islice(numbered, count, None))) as losses:
@@ -149,8 +149,7 @@ def write_scores(
     ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
     for tensor in anatomy.scored:
-        if tensor.part is not None:
-            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        values[tensor.info.name][~tensor.counted()] = np.nan
         if tensor.units is not None:
             values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     biases = {t.bias for t in anatomy.scored if t.bias is not None}

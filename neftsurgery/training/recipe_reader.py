@@ -77,9 +77,8 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
     file = None if isinstance(recipe, Mapping) else Path(recipe)
     faults = _Faults(file)
     if file is not None and not file.is_file():
-        raise UsageError(
-            "there is no such recipe", file=file, hint="`neftsurgery train --init` prints one to start from"
-        )
+        hint = "`neftsurgery train --init` prints one to start from"
+        raise UsageError("there is no such recipe", file=file, hint=hint)
     values = _flat(recipe if isinstance(recipe, Mapping) else load_yaml(Path(recipe)), faults)
     for key in recipes.PATH_KEYS if file is not None else ():
         if file is not None and isinstance(value := values.get(key), str | list | dict):

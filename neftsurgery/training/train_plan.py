@@ -50,7 +50,7 @@ from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .regrowth import Regrowth
 from .run_directory import RunDirectory, RunIdentity
-from .train import TrainResult
+from .train import RESULTS, TrainResult
 from .trainer import RunCallback, Watcher, is_first_process, make_trainer, processes, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
@@ -369,12 +369,8 @@ def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dic
         "probe": plan.recipe.probe.by,
         "steps": plan.steps,
         **{key: one for key, one in options.items() if key not in _UNTOLD},
-        "train_loss": result.train_loss,
-        "base_dev_loss": result.base_dev_loss,
-        "dev_loss": result.dev_loss,
-        "control_dev_loss": result.control_dev_loss,
+        **{name: getattr(result, name) for name in RESULTS},
         "dev_losses": result.dev_losses or None,
-        "best_step": result.best_step,
         "curve": [point.to_json() for point in losses_of(result.curve)],
         "seconds": round(seconds, 3),
         "torch": torch.__version__,
