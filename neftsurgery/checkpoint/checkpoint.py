@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
-from ..storage.executors import Seen
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors
+from ..storage.threads import Seen
+from ..tensors.arrays import RawBytes
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
@@ -43,9 +44,7 @@ class Shard:
     name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
-    part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
-    )
+    part: str = ""  # what comes before the names of its tensors, ``unet/``: see `weight_files`
 
     @classmethod
     def open(cls, root: Path, name: str, part: str = "") -> Shard:
@@ -237,15 +236,13 @@ class Checkpoint:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+        file = self.opened.get(self.shard_of(name))
         self.opened.count(len(buffer))
         file.read_into(buffer, self.position(name)[1] + start)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+        file = self.opened.get(self.shard_of(name))
         self.opened.count(out.nbytes)
         offset, row = self.position(name)[1], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
@@ -256,17 +253,15 @@ class Checkpoint:
         with _cached_rows_lock if cached else nullcontext():
             file.read_rows(offset, rows, out)
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of a tensor, mapped if in memory, or fetched from a URL; else None. Not to be changed."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
+        """As of `tensors.reader.WeightReader`. Not to be changed."""
+        file = self.opened.get(self.shard_of(name))
         if file.remote is not None:
-            fetched = np.empty(size, np.uint8)
-            self.read_into(name, start, fetched.data)
-            return fetched
-        found = map_cached(file.fileno(), self.position(name)[1] + start, size)
+            self.read_into(name, start, room.data)
+            return room
+        found = map_cached(file.fileno(), self.position(name)[1] + start, room.size) if mapped else None
         if found is not None:
-            self.opened.count(size)
+            self.opened.count(room.size)
         return found
 
     @property
@@ -315,10 +310,10 @@ class ComputedWeights(Checkpoint, ABC):
         stored = self.tensors[name].name
         return -1 if stored in self.shown else self.files.address(stored)
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""
         stored = self.tensors[name].name
-        return None if stored in self.shown else self.files.window(stored, start, size)
+        return None if stored in self.shown else self.files.window(stored, start, room, mapped)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """As of `Checkpoint`."""

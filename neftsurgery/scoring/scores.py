@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Unpack
 
 import numpy as np
@@ -230,11 +230,11 @@ class Scores(FileBacked):
         blocks = [Block(*key, self._arrays.scores(members)) for key, members in groups]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
-            start = 0
-            for tensor in members:
-                if len(index := np.flatnonzero(mask[start : start + tensor.layout.count])):
-                    yield tensor.info.name, index
-                start += tensor.layout.count
+            taken, edges = np.flatnonzero(mask), np.cumsum([0, *(tensor.layout.count for tensor in members)])
+            cuts = pairwise(np.searchsorted(taken, edges).tolist())
+            for tensor, start, (low, high) in zip(members, edges.tolist(), cuts, strict=False):
+                if low < high:
+                    yield tensor.info.name, taken[low:high] - start
 
     def _choose_units(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}

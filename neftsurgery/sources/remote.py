@@ -8,6 +8,7 @@ the URL. What describes the model is fetched whole; other files are empty until 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from ..errors import CorruptFileError, UsageError
 from .places import find_place
 from .web_file import IN_FLIGHT, AbsentError, RefusedError
 
-_RANGE_BYTES = 4 << 20  # a longer range is fetched in several
+_RANGE_BYTES = 4 << 20  # a longer range is fetched in several of about so many
 _FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
 _MOST_HEADER, _MOST_WHOLE = 100_000_000, 64 << 20
 _MOST_KEPT = 4096  # edges of tensors
@@ -119,17 +120,22 @@ class RemoteFile:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
                 buffer[:] = kept
                 continue
-            steps = range(0, len(buffer), _RANGE_BYTES)
-            wanted += [(start + step, buffer[step : step + _RANGE_BYTES]) for step in steps]
+            step = -(-len(buffer) // max(1, round(len(buffer) / _RANGE_BYTES))) or 1
+            wanted += [(start + at, buffer[at : at + step]) for at in range(0, len(buffer), step)]
         list(_threads.map(self._fetch, wanted))
 
     def keep(self, places: Collection[tuple[int, int]]) -> None:
         """Fetch small ranges, ``(start, length)``, that will be asked for one by one."""
         if len(self._kept) + len(places) > _MOST_KEPT:
             self._kept = {}
-        buffers = {place: bytearray(place[1]) for place in places if place not in self._kept}
-        self.fill((start, memoryview(buffer)) for (start, _), buffer in buffers.items())
-        self._kept |= {place: bytes(buffer) for place, buffer in buffers.items()}
+        new, runs = sorted({*places} - self._kept.keys()), list[tuple[int, bytearray]]()
+        for start, length in new:  # the end of a tensor and the start of the next one are one range
+            if not runs or start != runs[-1][0] + len(runs[-1][1]):
+                runs.append((start, bytearray()))
+            runs[-1][1].extend(bytes(length))
+        self.fill((start, memoryview(buffer)) for start, buffer in runs)
+        fetched = io.BytesIO(b"".join(buffer for _, buffer in runs))
+        self._kept |= {place: fetched.read(place[1]) for place in new}
 
     def _fetch(self, part: Wanted) -> None:
         """Fetch one range, and put it where it belongs."""

@@ -52,15 +52,12 @@ class NeuronChoice:
             return sum(like.get(t.info.name, 0) * t.layout.width for t in scored)
         whole = sum(tensor.neurons * tensor.layout.width for tensor in scored)
         budget = Budget.of(**select.budget)
-        for amount, total, each in (
-            (budget.neurons, whole, whole / max(1, self.anatomy.unit_count or self.anatomy.neurons)),
-            (budget.params, base.parameters, 1.0),
-        ):
-            if amount is not None and amount.percent is not None:
-                return round(float(amount.percent) / 100 * total)
-            if amount is not None:
-                return round((amount.count or 0) * each)
-        return None
+        each, total = whole / max(1, self.anatomy.unit_count or self.anatomy.neurons), whole
+        if (amount := budget.neurons) is None:
+            amount, each, total = budget.params, 1.0, base.parameters
+        if amount is None:
+            return None
+        return round((amount.count or 0) * each + float(amount.percent or 0) / 100 * total)
 
 
 def budget_of(select: Select) -> dict[str, Any]:

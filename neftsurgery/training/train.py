@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
+RESULTS = ("train_loss", "base_dev_loss", "dev_loss", "control_dev_loss", "best_step")
+_STATE = ("finished", "step", "resumed_from", "pushed")
 
 
 def train(
@@ -82,10 +84,8 @@ def require_training() -> None:
         if find_spec("datasets") is None:
             raise ImportError(name="datasets")
     except ImportError as error:
-        raise UsageError(
-            f"training needs a package that is not installed: {error.name or error}",
-            hint=install_command("train"),
-        ) from error
+        what = f"training needs a package that is not installed: {error.name or error}"
+        raise UsageError(what, hint=install_command("train")) from error
 
 
 @dataclass(frozen=True)
@@ -142,20 +142,11 @@ class TrainResult:
 
     def describe(self) -> dict[str, object]:
         """For JSON; together with `TrainPlan.describe` it is what ``--json`` prints."""
-        return {
+        return {name: getattr(self, name) for name in (*RESULTS, *_STATE)} | {
             "estimated": False,
             "selected": self.selection.neurons,
             "trainable_parameters": self.selection.parameters,
-            "finished": self.finished,
-            "step": self.step,
-            "resumed_from": self.resumed_from,
-            "train_loss": self.train_loss,
-            "base_dev_loss": self.base_dev_loss,
-            "dev_loss": self.dev_loss,
             "dev_losses": dict(self.dev_losses),
-            "control_dev_loss": self.control_dev_loss,
-            "best_step": self.best_step,
             "out": str(self.out) if self.finished else None,
             "bytes": self.patch_bytes,
-            "pushed": self.pushed,
         }
