@@ -235,13 +235,9 @@ class ChainOptions(TypedDict, total=False):
             "checkpoint; a folder stands for its patches. Needs [[base=...]]."
         ),
     ]
-    fast: Annotated[
-        bool | None,
-        Option("With [[chain]]: as for extract. Default: if every patch is so."),
-    ]
+    fast: Annotated[bool | None, Option("With [[chain]]: as for extract. Default: if every patch is so.")]
     weights_only: Annotated[
-        bool | None,
-        Option("With [[chain]]: as for extract. Default: if every patch is so."),
+        bool | None, Option("With [[chain]]: as for extract. Default: if every patch is so.")
     ]
 
 

@@ -30,7 +30,6 @@ ELSEWHERE = {
     "scoring/partial_sums.py": "scoring/test_engine.py",
     "scoring/scored_tensors.py": "scoring/test_scores.py",
     "storage/output_checks.py": "storage/test_output.py",
-    "storage/threads.py": "surgery/test_apply.py",
     "surgery/lora_modules.py": "surgery/test_export.py",
     "surgery/merge_checks.py": "surgery/test_merge.py",
     "surgery/model_files.py": "surgery/test_lossless.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ lists the settings. The raw runs are kept ([steps]({folder}/{results}), [switche
 - No test asserts these figures: machines are noisy.
 - `make gpu` measures a GPU, beside the tests marked for CUDA and the switch between patches, and writes one
   page, `build/gpu.md`."""
-HEAD = "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
+HEAD = (
+    "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 "
+    "| processor time, floor = 1 | processor time, LoRA = 1 |"
+)
 Part = dict[str, Any]
 
 
@@ -109,29 +112,35 @@ def requirements(part: Part) -> Iterator[Requirement]:
 def _row(entry: Entry, part: Part) -> str:
     name = f"**{entry['name']}**" if entry["role"] == "ours" else entry["name"]
     if not entry["runs"]:
-        return f"| {name}: {entry['skipped']} | | | | | | | |"
+        return f"| {name}: {entry['skipped']} | | | | | | | | | |"
     milliseconds = spread(entry, lambda run: 1e3 * _seconds(run))
     rate = spread(entry, lambda run: part["tokens"] / _seconds(run))
     assert rate is not None
+    floor = _named(part, "floor") or _named(part, "experts_floor")
+    lora = _named(part, "lora-3") or _named(part, "experts_lora-3")
     cells = [
         f"{milliseconds:.1f}",
         f"{rate.median:,.0f}",
         f"{entry['peak'] / 1e6:,.0f}",
         f"{entry['trainable']:,}",
         f"{entry['optimizer_bytes'] / 1e6:.1f}",
-        _beside(entry, _named(part, "floor") or _named(part, "experts_floor")),
-        _beside(entry, _named(part, "lora-3") or _named(part, "experts_lora-3")),
+        *(_beside(entry, other, _seconds) for other in (floor, lora)),
+        *(_beside(entry, other, _processor) for other in (floor, lora)),
     ]
     return row(name, *cells)
 
 
-def _beside(entry: Entry, other: Entry | None) -> str:
-    found = ratio(entry, other, _seconds)
+def _beside(entry: Entry, other: Entry | None, of: Callable[[dict[str, Any]], float]) -> str:
+    found = None if other is None or of(entry["runs"][0]) == 0 else ratio(entry, other, of)
     return "" if found is None or entry is other else f"{found:.2f}"
 
 
 def _named(part: Part, name: str) -> Entry | None:
     return next((entry for entry in part["contestants"] if entry["id"] == name and entry["runs"]), None)
+
+
+def _processor(run: dict[str, Any]) -> float:
+    return float(run.get("cpu", 0.0))  # older results have none
 
 
 def _seconds(run: dict[str, Any]) -> float:

@@ -38,7 +38,7 @@ def _measured(fixtures: Fixtures, layout: str, options: Options) -> dict[str, An
     reads, _ = best_reads(pair, pair.warm, WARM, min(options.repeat, 2))
     warm = [diff(pair, pair.warm, options.threads), *reads]
     if options.rivals:
-        warm.append(torch(pair, layout, min(options.repeat, 2)))
+        warm.append(torch(pair, layout, 1))
     groups = [run_group("in the page cache", pair.nbytes, warm, options.repeat)]
     reads, _ = best_reads(pair, pair.drop, COLD, 1)
     cold = [diff(pair, pair.drop, None), *reads]

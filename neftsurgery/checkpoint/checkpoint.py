@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
-from ..storage.executors import Seen
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors
+from ..storage.threads import Seen
 from ..tensors.arrays import RawBytes
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
@@ -44,9 +44,7 @@ class Shard:
     name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
-    part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
-    )
+    part: str = ""  # what comes before the names of its tensors, ``unet/``: see `weight_files`
 
     @classmethod
     def open(cls, root: Path, name: str, part: str = "") -> Shard:

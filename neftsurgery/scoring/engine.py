@@ -17,9 +17,8 @@ import numpy as np
 from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
-from ..storage.executors import Dispatch
 from ..storage.page_cache import is_truncated, sigbus_guard
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Dispatch, Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -144,9 +143,8 @@ class Engine:
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window:
             return [None, None]
-        rooms, mapped = self._buffers(size)[:, :size], self._limits.mapped
-        pairs = zip(sides, rooms, strict=True)
-        found = [side.window(info.name, first, room, mapped) for side, room in pairs]
+        rooms = self._buffers(size)[:, :size]
+        found = [side.window(info.name, first, rooms[n], self._limits.mapped) for n, side in enumerate(sides)]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 

@@ -24,9 +24,8 @@ from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Engine, TensorResult, stream
 from ..scoring.partial_sums import CUT_SIZES, Job
-from ..storage.executors import Seen
 from ..storage.output_checks import AnyPath
-from ..storage.threads import Limits
+from ..storage.threads import Limits, Seen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from ..text import natural_key, plural

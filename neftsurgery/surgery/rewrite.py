@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import journaled, locked, touched_shards
 from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
+from ..options import OutputOptions
 from ..patch.overlap import RowSource
 from ..patch.patch_file import digests
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -30,18 +30,15 @@ from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import AnyPath, require_space
 from ..storage.threads import Limits, in_order
-from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
 from .verify import PatchState
 
 
-class WriteOptions(TypedDict, total=False):
+class WriteOptions(OutputOptions, total=False):
     """The keywords of `plan_apply` and `plan_revert` that say where and how a checkpoint is written."""
 
-    out: AnyPath | None
     in_place: bool
-    force: bool
     limits: Limits | None
     progress: Progress
 
@@ -268,13 +265,13 @@ def _write_rows(
 
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint, block = plan.checkpoint, limits.block
-    changes = [
-        Change(
-            info, rows.patch.tensors[name].layout, rows.patch.index(name), _digests(rows, name, block), block
-        )
-        for rows in plan.rows
-        for name, info in rows.targets(checkpoint)
-    ]
+    changes = []
+    for rows in plan.rows:
+        for name, info in rows.targets(checkpoint):
+            tensor, index = rows.patch.tensors[name], rows.patch.index(name)
+            found = [digests(rows.read(name, start, stop)) for start, stop in tensor.blocks(block)]
+            new = np.concatenate([np.empty((0, 16), np.uint8), *found])
+            changes.append(Change(info, tensor.layout, index, new, block))
     layouts = [change.layout for change in changes]
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     with (
@@ -319,9 +316,3 @@ def changed_in_place(
         with suppress(NeftError, OSError):
             heal_recorded(checkpoint.source)
         raise
-
-
-def _digests(rows: RowSource, name: str, block: int | None) -> RawBytes:
-    tensor = rows.patch.tensors[name]
-    found = [digests(rows.read(name, start, stop)) for start, stop in tensor.blocks(block)]
-    return np.concatenate(found) if found else np.empty((0, 16), np.uint8)

@@ -28,9 +28,8 @@ from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock
-from ..storage.executors import Dispatch, Seen
 from ..storage.output_checks import AnyPath
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Dispatch, Limits, Seen, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
@@ -166,9 +165,9 @@ def examine(
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 
-    Each patch is compared with the state that those before it leave. A vector counts as patched if it is
-    already what this patch, or this one and some that follow, make of it. ``replaced``: the vectors that the
-    patches replaced, where others have them than the patches. Raises as `verify`.
+    Each is compared with the state that those before it leave; a vector counts as patched if it is what this
+    patch, or this one and some that follow, make of it. ``replaced``: the vectors that the patches replaced,
+    where others have them than the patches. Raises as `verify`.
     """
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
@@ -247,7 +246,7 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
     elements = vectors.view(dtype.carrier).reshape(-1)
     for start in range(0, len(elements), _ELEMENTS):
         if len(numbers) < TELLING:
-            numbers.update(elements[start : start + _ELEMENTS].tolist())
+            numbers.update([*set(elements[start : start + _ELEMENTS].tolist())][:TELLING])
 
 
 @dataclass(frozen=True, repr=False)

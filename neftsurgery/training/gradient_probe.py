@@ -149,8 +149,7 @@ def write_scores(
     ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
     for tensor in anatomy.scored:
-        if tensor.part is not None:
-            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        values[tensor.info.name][~tensor.counted()] = np.nan
         if tensor.units is not None:
             values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     biases = {t.bias for t in anatomy.scored if t.bias is not None}

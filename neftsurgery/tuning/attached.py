@@ -30,9 +30,10 @@ from .checked_patches import CheckedPatches
 from .forwards import keep_gradients
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
+from .processes import refuse_wrapped
 from .reselection import carry_over, check_states
 from .state_dicts import patch_saving
-from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
+from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
 
 
 class Attached:

@@ -29,6 +29,7 @@ from ..selection.selection import Selection
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
+from .processes import ENGINES
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -84,7 +85,7 @@ class PatchSaving(_Trainer):
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
         if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
             what = f"{'ZeRO 3' if zero3 else 'FSDP 1'} puts other tensors in the place of the weights"
-            raise UsageError(what, hint="use DDP, FSDP 2, ZeRO 1 or 2; or with ZeRO 3, a NeftConfig")
+            raise UsageError(what, hint=ENGINES)
         if self.args.n_gpu > 1:
             raise UsageError(
                 "this Trainer would copy the model to several GPUs in one process",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
@@ -310,35 +309,3 @@ def _part_values(
         )
     raw = gather(base, chosen.info, chosen.layout, chosen.index)
     return from_bytes(raw, chosen.info.dtype).float()
-
-
-def refuse_wrapped(model: nn.Module, trainable: bool) -> None:
-    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped, or to train, FSDP too."""
-    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
-    if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise UsageError(
-            f"the model is wrapped in {type(model).__name__}",
-            hint=f"attach to the model itself (model.{inner}), before it is wrapped",
-        )
-    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    wrapper = _reducer_of(model) if trainable and in_group else None
-    if wrapper is not None:
-        raise UsageError(
-            f"the gradients of these neurons would not be reduced: {wrapper} has the model already",
-            hint=f"attach first, then call {wrapper}",
-        )
-
-
-def _reducer_of(model: nn.Module) -> str | None:
-    """What reduces the gradients of the model's parameters, or some of them, and only of those it knows."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    inside = set(model.modules())
-    if any(isinstance(module, FSDPModule) for module in inside):
-        return "fully_shard"
-    gc.collect()  # a module does not know what wraps it
-    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-    for found in gc.get_objects():
-        if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
-            return type(found).__name__
-    return None

@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from tuning_support import FAMILIES, Picks, batch, llama, put, rows_of, select, vectors
 
 import neftsurgery as ns
+from neftsurgery.peft import NeftConfig
 
 MODES = ("scatter", "overlay")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -377,6 +380,40 @@ def test_a_weight_that_is_read_under_fsdp() -> None:
     loss_of(model, 0).backward()
     with pytest.raises(ns.UsageError, match=r"tensor scale: the model reads this weight itself"):
         optimizer.step()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_tensor_parallelism() -> None:
+    """Neurons would be other ones in each process's part. FSDP 2 puts the whole together, and is right."""
+    plan = {"0": ColwiseParallel()}
+    model = small()
+    selection = select(model, PICKS)
+    parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+    with pytest.raises(ns.UsageError, match=r"tensor 0\.weight: tensor parallelism"):
+        ns.attach(model, selection)
+    with pytest.raises(ns.UsageError, match=r"tensor 0\.weight: tensor parallelism"):
+        get_peft_model(model, NeftConfig(neurons=2, policy="random", target_modules=["0"]))
+    model = small()
+    attached = ns.attach(model, select(model, PICKS))
+    parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
+    with pytest.raises(ns.UsageError, match=r"tensor 0\.\w+: the weight was replaced"):
+        loss_of(model, 0)
+    assert list(attached.parameters())
+
+
+@pytest.mark.parametrize(("mark", "name"), [("ds_id", "ZeRO 3"), ("_fsdp_flattened", "FSDP 1")])
+def test_engines_that_put_other_tensors_in_the_place(mark: str, name: str) -> None:
+    """They mark the parameters so; neither runs here: DeepSpeed is not installed, FSDP 1 needs a GPU."""
+    model = small()
+    attached = ns.attach(model, select(model, PICKS))
+    setattr(next(attached.parameters()), mark, 1)
+    with pytest.raises(ns.UsageError, match=rf"tensor 0\.bias: {name} puts other tensors"):
+        loss_of(model, 0)
+    attached.detach()
+    setattr(model[2].bias, mark, 1)
+    with pytest.raises(ns.UsageError, match=rf"tensor 2\.bias: {name} puts other tensors") as raised:
+        ns.attach(model, select(model, PICKS))
+    assert "NeftConfig" in str(raised.value)
 
 
 def test_values_that_are_replaced() -> None:
