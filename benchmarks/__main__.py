@@ -106,7 +106,7 @@ def main() -> None:
 def _render(given: argparse.Namespace) -> None:
     """The pages of what was measured, or all."""
     if given.command in ("gpu", "switch"):
-        render_gpu(given.out)
+        (render_gpu if given.command == "gpu" else render_training)(given.out)
         return
     pages = {
         "files": (RESULTS, render),

@@ -49,16 +49,11 @@ def keyword(name: str, value: str | None) -> str:
 class NeftError(Exception):
     """Base of all errors of this package.
 
-    Parameters
-    ----------
-    what:
-        What went wrong, one clause, no full stop; options as ``[[name]]``.
-    file, tensor:
-        Where: the file and, if it is about one tensor, its name.
-    expected, found:
-        Both sides of a comparison that failed.
-    hint:
-        What to do next.
+    Args:
+        what: What went wrong, one clause, no full stop; options as ``[[name]]``.
+        file, tensor: The file that it is about and, if it is about one tensor, its name.
+        expected, found: Both sides of a comparison that failed.
+        hint: What to do next.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ line makes its flags of the same declarations (`declared`), a recipe its keys, a
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -198,6 +199,13 @@ class SpreadOptions(TypedDict, total=False):
     ]
 
 
+class OutputOptions(TypedDict, total=False):
+    """Where an output goes (None: into a temporary file), and whether one that exists is replaced."""
+
+    out: str | os.PathLike[str] | None
+    force: bool
+
+
 class LosslessOptions(TypedDict, total=False):
     """Whether, and how, a whole fine-tune is kept."""
 
@@ -227,13 +235,9 @@ class ChainOptions(TypedDict, total=False):
             "checkpoint; a folder stands for its patches. Needs [[base=...]]."
         ),
     ]
-    fast: Annotated[
-        bool | None,
-        Option("With [[chain]]: as for extract. Default: if every patch is so."),
-    ]
+    fast: Annotated[bool | None, Option("With [[chain]]: as for extract. Default: if every patch is so.")]
     weights_only: Annotated[
-        bool | None,
-        Option("With [[chain]]: as for extract. Default: if every patch is so."),
+        bool | None, Option("With [[chain]]: as for extract. Default: if every patch is so.")
     ]
 
 
@@ -284,12 +288,12 @@ class DiffOptions(CompareOptions, RunAnywhereOptions):
     """The keywords of `diff` besides its output."""
 
 
-class ExtractOptions(ChoosingOptions, LosslessOptions):
-    """The keywords of `extract` that say what is kept."""
+class ExtractOptions(ChoosingOptions, LosslessOptions, OutputOptions):
+    """The keywords of `extract` that say what is kept, and where."""
 
 
-class CutOptions(ChoosingOptions, RunAnywhereOptions):
-    """The keywords of `extract` besides its inputs and output."""
+class CutOptions(ChoosingOptions, OutputOptions, RunAnywhereOptions):
+    """The keywords of `extract` for chosen neurons, besides its inputs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 
 class Progress(Protocol):
@@ -33,23 +33,33 @@ class Timing:
         return Timing(self.bytes_read + other.bytes_read, self.seconds + other.seconds)
 
 
+class ReadCounter(Protocol):
+    """Tells how many bytes were read of something."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that were read so far."""
+
+
 class Stopwatch:
-    """Measures what some work takes."""
+    """Measures what the work in its context takes, and reads of ``sources``."""
 
-    def __init__(self) -> None:
-        self.bytes_read = 0
-        self._seconds = 0.0
+    def __init__(self, *sources: ReadCounter) -> None:
+        self._sources = sources
+        self.bytes_read = -self._read()
+        self._start = self._seconds = 0.0
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time the context takes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds += time.perf_counter() - start
+    def _read(self) -> int:
+        return sum(source.bytes_read for source in self._sources)
+
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds = time.perf_counter() - self._start
 
     @property
     def timing(self) -> Timing:
         """What was measured so far."""
-        return Timing(self.bytes_read, self._seconds)
+        return Timing(self.bytes_read + self._read(), self._seconds)

@@ -54,9 +54,12 @@ def deep_llama(nbytes: float, least_tensors: int) -> Model:
     return model
 
 
-def many_experts(count: int) -> Model:
-    """A mixture of small experts: ``count`` tensors of 8 kB, or a few more, in a long header."""
-    hidden = ffn = 64
+def many_experts(count: int, width: int = 64) -> Model:
+    """A mixture of small experts: ``count`` square matrices, or a few more, in a long header.
+
+    They are in the order in which the safetensors package writes them.
+    """
+    hidden = ffn = width
     vocabulary, layers = 8_000, min(32, max(1, count // 100))
     experts = max(1, math.ceil((count / layers - 7) / 3))
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (vocabulary, hidden)}
@@ -70,7 +73,8 @@ def many_experts(count: int) -> Model:
                 tensors[f"{prefix}mlp.experts.{expert}.{name}_proj.weight"] = shape
     tensors["model.norm.weight"] = (hidden,)
     config = _config("qwen3_moe", "Qwen3MoeForCausalLM", hidden, ffn, vocabulary, layers)
-    return Model(config | {"num_experts": experts, "moe_intermediate_size": ffn}, tensors)
+    config |= {"num_experts": experts, "moe_intermediate_size": ffn}
+    return Model(config, dict(sorted(tensors.items())))
 
 
 def _heads(hidden: int) -> tuple[int, int]:

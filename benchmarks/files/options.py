@@ -20,15 +20,18 @@ PARTS = {
     "inplace": ("in_place_size", "threads", "repeat"),
     "shards": ("size", "shards", "threads", "repeat"),
     "tensors": ("tensors", "threads", "repeat"),
+    "tiny": ("tensors", "threads", "repeat"),
+    "remote": ("remote_size", "repeat"),
     "sparse": ("sparse_size", "threads", "repeat"),
 }
-GROUPS = {"growth": ("sizes", "threads", "shards", "tensors", "sparse"), "diff": ("warm", "cold")}
-WITH_RIVALS = ("warm", "cold", "apply", "tensors")
+GROUPS = {"growth": ("sizes", "threads", "shards", "tensors", "tiny", "sparse"), "diff": ("warm", "cold")}
+WITH_RIVALS = ("warm", "cold", "apply", "tensors", "tiny")
 QUICK = {  # the defaults with --quick; options given beside it win
     "size": "20MB",
     "sizes": "10MB,20MB,40MB",
     "in_place_size": "20MB",
     "sparse_size": "400MB",
+    "remote_size": "20MB",
     "shards": "1,5,20",
     "tensors": 600,
     "repeat": 1,
@@ -43,6 +46,7 @@ class Options:
     sizes: tuple[int, ...]
     in_place_size: int
     sparse_size: int
+    remote_size: int
     shards: tuple[int, ...]
     tensors: int
     threads: int
@@ -79,8 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=_sizes, default="0.5GB,2GB,8GB", help="part sizes (default: 0.5GB,2GB,8GB)")
     add("--in-place-size", type=parse_size, default="8GB", help="part inplace (default: 8GB)")
     add("--sparse-size", type=parse_size, default="100GB", help="part sparse: sparse files (default: 100GB)")
+    add("--remote-size", type=parse_size, default="2GB", help="part remote: behind URLs (default: 2GB)")
     add("--shards", type=_numbers, default="1,20,100,500", help="part shards (default: 1,20,100,500)")
-    add("--tensors", type=int, default=64_000, help="part tensors: entries of one header (default: 64000)")
+    add(
+        "--tensors",
+        type=int,
+        default=64_000,
+        help="parts tensors, tiny: entries of one header (default: 64000)",
+    )
     add("--threads", type=int, default=2, help="this tool's threads (default: 2)")
     add("--repeat", type=int, default=5, help="rounds of every side-by-side run (default: 5)")
     add("--no-rivals", dest="rivals", action="store_false", help="measure only this tool and the limits")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.files.contestants import copy, diff, neftsurgery, reads, torch_cosine
+from benchmarks.files.contestants import copy, diff, neftsurgery, reads, script, torch_cosine
 from benchmarks.files.fixtures import CheckpointPair, DiskSpaceError, Fixtures
 from benchmarks.files.options import Options
 from benchmarks.harness import page_cache
@@ -17,6 +17,7 @@ from benchmarks.harness.sizes import format_size, parse_size
 
 Part = dict[str, Any]
 READS = (2, 1 << 19)  # threads and buffer of the plain reads here; the part warm searches for the best
+TINY = 8  # rows and columns
 SHARDS_SIZE = parse_size("0.5GB")
 
 
@@ -52,6 +53,38 @@ def tensors(fixtures: Fixtures, options: Options) -> Part:
     rivals = [torch_cosine(pair, pair.warm, options.few)] if options.rivals else []
     groups = _groups(fixtures, pair, f"{format_size(pair.nbytes / 2)} a side", options, rivals)
     return {"title": f"A header of {options.tensors:,} tensors", "groups": groups}
+
+
+def tiny(fixtures: Fixtures, options: Options) -> Part:
+    """Very many tiny tensors, beside loops of safetensors and numpy that do the same."""
+    pair = fixtures.pair(128 * options.tensors, "--experts", options.tensors, "--width", TINY)
+    scores, patch, out = (fixtures.output(name) for name in ("scores.safetensors", "patch", "out"))
+    run(neftsurgery("extract", pair.base, pair.tuned, "--neurons", "3%", "-o", patch))
+
+    def before() -> None:
+        fixtures.remove(out.name)
+        fixtures.remove(scores.name)
+        pair.warm()
+
+    def ours(name: str, *words: object) -> Contestant:
+        command = neftsurgery(name, pair.base, *words, threads=options.threads)
+        return Contestant(f"neftsurgery {name}", "ours", command, before)
+
+    def loop(name: str, *words: object) -> Contestant:
+        command = script(f"rivals.numpy_{name}", pair.base, *words)
+        return Contestant(f"a loop of safetensors and numpy, {name}", "rival", command, before)
+
+    contestants = [ours("diff", pair.tuned, "-o", scores), ours("apply", patch, "-o", out)]
+    if options.rivals:
+        contestants += [loop("diff", pair.tuned, scores), loop("apply", patch, out)]
+    label = f"{format_size(pair.nbytes / 2)} a side"
+    groups = [
+        run_group(f"{label}: {name}", nbytes, contestants[number::2], options.repeat)
+        for number, (name, nbytes) in enumerate((("diff", pair.nbytes), ("apply", pair.nbytes // 2)))
+    ]
+    before()
+    fixtures.remove(patch.name)
+    return {"title": f"{options.tensors:,} matrices of {TINY} x {TINY}", "groups": groups}
 
 
 def sparse(fixtures: Fixtures, options: Options) -> Part:

@@ -9,9 +9,8 @@ from typing import Any
 from benchmarks.gpu.options import RESULTS
 from benchmarks.harness import results
 from benchmarks.harness.log import log
-from benchmarks.page.files import requirement_table, row, table
-from benchmarks.page.metrics import ratio, spread
-from benchmarks.page.requirements import Requirement
+from benchmarks.page.files import row, table
+from benchmarks.page.switch import switch
 from benchmarks.page.training import setting
 from benchmarks.switch.options import RESULTS as SWITCH
 from benchmarks.training.suite import RESULTS as TRAINING
@@ -65,38 +64,3 @@ def _tests(tests: Part) -> Iterator[str]:
     told = [f"- {name}: **{why}**" for name, why in tests["failed"].items()]
     told += [f"- {name}: skipped: {why}" for name, why in tests["skipped"].items()]
     yield "\n".join([counts, "", *told] if told else [counts])
-
-
-def switch(part: Part) -> Iterator[str]:
-    """A setting of the switch suite: the requirement, and a table."""
-    yield f"## Switching between two patches: {part['title']}"
-    yield f"`{part['command']}`"
-    yield (
-        f"A patch has {part['rows']:,} rows, {part['bytes'] / 1e6:.1f} MB. A switch takes the rows of one "
-        "patch out, checks that the weights are those of the other's base, and puts its rows in."
-    )
-    entries = {entry["id"]: entry for entry in part["contestants"]}
-    found = ratio(entries["ours"], entries["host"], _seconds)
-    yield requirement_table(
-        [
-            Requirement.of(
-                "a switch takes at most twice the time of `index_copy_` of the rows, from processor memory",
-                "of its time",
-                found,
-                lambda times: times <= 2,
-            )
-        ]
-    )
-    lines = (
-        row(
-            f"**{entry['name']}**" if entry["role"] == "ours" else entry["name"],
-            format(spread(entry, lambda run: 1e3 * _seconds(run)), ".3f"),
-            *(f"{ratio(entry, entries[other], _seconds):.2f}" for other in ("resident", "host")),
-        )
-        for entry in entries.values()
-    )
-    yield table("| | ms | resident = 1 | from the processor = 1 |", lines)
-
-
-def _seconds(run: dict[str, Any]) -> float:
-    return float(run["seconds"])

@@ -217,24 +217,27 @@ def _screened(line: Line) -> str:
 
 
 def claims(study: PretrainedStudy) -> Iterator[str]:
-    """The paper's claims, each with what was measured of it and whether it holds."""
-    for claim, ours, theirs in (
+    """The paper's claims, what was measured of each, and whether it holds, by a p corrected for them all."""
+    asked = (
         ("NeFT beats full fine-tuning", "rows-cosine", "full"),
         ("NeFT beats LoRA", "rows-cosine", "lora"),
         ("sensitive neurons beat the least sensitive", "rows-cosine", "rows-reversed"),
         ("sensitive neurons beat random ones (not in the paper)", "rows-cosine", "rows-random"),
-    ):
-        found = study.pair(ours, theirs, test_loss)
-        yield row(claim, *_verdict(found))
+    )
+    found = [study.pair(ours, theirs, test_loss) for _, ours, theirs in asked]
+    corrected = iter(holm([one.p for one in found if one is not None and one.p is not None]))
+    for (claim, *_), one in zip(asked, found, strict=True):
+        known = one is not None and one.p is not None
+        yield row(claim, *_verdict(one, next(corrected) if known else 1.0))
     yield row("a few percent suffice", *_sizes(study))
     yield row("neurons of other examples are much the same", *_overlaps(study))
 
 
-def _verdict(found: OverSeeds | None) -> tuple[str, str]:
+def _verdict(found: OverSeeds | None, p: float) -> tuple[str, str]:
     if found is None or found.interval is None or found.p is None:
         return "not run yet", ""
-    shown = f"test loss {found.interval:.3f}, p {found.p:.3f}, {found.seeds} pairs"
-    if found.p > SURE:
+    shown = f"test loss {found.interval:.3f}, p {found.p:.3f}, corrected {p:.3f}, {found.seeds} pairs"
+    if p > SURE:
         return shown, "cannot be told"
     return shown, "holds" if found.mean < 0 else "does not hold"
 
@@ -269,8 +272,9 @@ def _settings(studies: Sequence[PretrainedStudy]) -> Iterator[str]:
     one, setting = studies[0], studies[0].setting["setting"]
     runs = sum(len(cells) for study in studies for name, cells in study.runs.items() if name != "start")
     yield (
-        f"- {one.setting['parameters']:,} parameters, float32; batches of {setting['batch']}, at most "
-        f"{setting['length']} tokens; {setting['dev']} examples for the dev loss, {setting['test']} to test."
+        f"- {one.setting['parameters']:,} parameters in float32, products in {setting['precision']}; batches "
+        f"of {setting['batch']}, at most {setting['length']} tokens; {setting['dev']} examples for the dev "
+        f"loss, {setting['test']} to test."
     )
     yield f"- {len(one.tried)} runs to find rates, {len(one.screened)} to screen, {runs} that count."
     yield from machines({"all": {"machine": one.setting["machine"], "date": one.setting["date"]}})

@@ -33,7 +33,7 @@ def requirements(parts: Parts) -> list[Requirement]:
     """All requirements, in the page's order."""
     return [
         requirement
-        for about in (_reading, _extract, _writing, _in_place, _memory, _bits)
+        for about in (_reading, _extract, _writing, _in_place, _many, _remote, _memory, _bits)
         for requirement in about(parts)
     ]
 
@@ -107,6 +107,25 @@ def _in_place(parts: Parts) -> Iterator[Requirement]:
         f"{what}: {found:.2f}" if found else "not measured",
         None,
     )
+
+
+def _many(parts: Parts) -> Iterator[Requirement]:
+    for group, verb in zip(parts.get("tiny", {}).get("groups") or [{}, {}], ("diff", "apply"), strict=True):
+        statement = (
+            f"Very many tiny tensors: {verb} takes at most twice the time of a loop that does the same"
+        )
+        yield _beside(group, f"neftsurgery {verb}", "a loop", statement, "its", 2)
+
+
+def _remote(parts: Parts) -> Iterator[Requirement]:
+    for group in parts.get("remote", {}).get("groups") or [{}]:
+        yield Requirement.of(
+            "Behind URLs: diff reaches 0.9 of plain parallel range reads' throughput"
+            + (f", {group['label']}" if group else ""),
+            "share of the throughput of the same client's reads",
+            ratio(limit(group), named(group, "neftsurgery diff"), work),
+            lambda share: share >= 0.9,
+        )
 
 
 def _written(entry: Entry | None, figure: str, unit: str) -> Spread | None:

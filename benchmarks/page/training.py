@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from benchmarks.harness.log import log
 from benchmarks.page.files import machines, requirement_table, row, table
 from benchmarks.page.metrics import Entry, Spread, ratio, spread
 from benchmarks.page.requirements import Requirement
+from benchmarks.page.switch import switch
+from benchmarks.switch.options import RESULTS as SWITCH
 from benchmarks.training.suite import RESULTS
 
 INTRODUCTION = """\
 # Benchmarks of training
 
-`python -m benchmarks training` makes this page; `--help` lists the settings. The
-[raw runs]({folder}/{results}) are kept; `python -m benchmarks render` makes this page from them.
+`python -m benchmarks training` and `python -m benchmarks switch` make this page; `--help`
+lists the settings. The raw runs are kept ([steps]({folder}/{results}), [switches]({folder}/switch.json));
+`python -m benchmarks render` makes this page from them.
 
 - Each contestant is its own process, with a Llama of the same shape, random weights, and the same batch. The
   processes run side by side and step in turns, A B C A B C, so that drift affects all alike. Figures are
@@ -31,27 +34,34 @@ INTRODUCTION = """\
 - Adapters have the rank whose number of parameters is nearest to NeFT's.
 - Peak memory is that of the steps: on a processor the peak resident bytes above what the process held after
   its imports, on a GPU the peak of allocated bytes.
+- Processor time is that of all threads of a process. On a busy machine it says more than the time on the
+  clock.
 - No test asserts these figures: machines are noisy.
 - `make gpu` measures a GPU, beside the tests marked for CUDA and the switch between patches, and writes one
   page, `build/gpu.md`."""
-HEAD = "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
+HEAD = (
+    "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 "
+    "| processor time, floor = 1 | processor time, LoRA = 1 |"
+)
 Part = dict[str, Any]
 
 
 def render_training(folder: Path) -> None:
     """Writes ``folder-training.md`` from the results in ``folder``."""
-    parts = results.load(folder / RESULTS)
+    parts, switches = results.load(folder / RESULTS), results.load(folder / SWITCH)
     page = folder.with_name(f"{folder.name}-training.md")
-    page.write_text("\n\n".join(_page(parts, folder.name)) + "\n")
+    page.write_text("\n\n".join(_page(parts, switches, folder.name)) + "\n")
     log(f"wrote {page}")
 
 
-def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
+def _page(parts: dict[str, Part], switches: dict[str, Part], folder: str) -> Iterator[str]:
     yield INTRODUCTION.format(folder=folder, results=RESULTS)
     for part in parts.values():
         yield from setting(part)
+    for part in switches.values():
+        yield from switch(part)
     yield "## Machines"
-    yield "\n".join(machines(parts))
+    yield "\n".join(machines(parts | {f"switch {name}": part for name, part in switches.items()}))
 
 
 def setting(part: Part) -> Iterator[str]:
@@ -104,29 +114,35 @@ def requirements(part: Part) -> Iterator[Requirement]:
 def _row(entry: Entry, part: Part) -> str:
     name = f"**{entry['name']}**" if entry["role"] == "ours" else entry["name"]
     if not entry["runs"]:
-        return f"| {name}: {entry['skipped']} | | | | | | | |"
+        return f"| {name}: {entry['skipped']} | | | | | | | | | |"
     milliseconds = spread(entry, lambda run: 1e3 * _seconds(run))
     rate = spread(entry, lambda run: part["tokens"] / _seconds(run))
     assert rate is not None
+    floor = _named(part, "floor") or _named(part, "experts_floor")
+    lora = _named(part, "lora-3") or _named(part, "experts_lora-3")
     cells = [
         f"{milliseconds:.1f}",
         f"{rate.median:,.0f}",
         f"{entry['peak'] / 1e6:,.0f}",
         f"{entry['trainable']:,}",
         f"{entry['optimizer_bytes'] / 1e6:.1f}",
-        _beside(entry, _named(part, "floor") or _named(part, "experts_floor")),
-        _beside(entry, _named(part, "lora-3") or _named(part, "experts_lora-3")),
+        *(_beside(entry, other, _seconds) for other in (floor, lora)),
+        *(_beside(entry, other, _processor) for other in (floor, lora)),
     ]
     return row(name, *cells)
 
 
-def _beside(entry: Entry, other: Entry | None) -> str:
-    found = ratio(entry, other, _seconds)
+def _beside(entry: Entry, other: Entry | None, of: Callable[[dict[str, Any]], float]) -> str:
+    found = None if other is None or of(entry["runs"][0]) == 0 else ratio(entry, other, of)
     return "" if found is None or entry is other else f"{found:.2f}"
 
 
 def _named(part: Part, name: str) -> Entry | None:
     return next((entry for entry in part["contestants"] if entry["id"] == name and entry["runs"]), None)
+
+
+def _processor(run: dict[str, Any]) -> float:
+    return float(run.get("cpu", 0.0))  # older results have none
 
 
 def _seconds(run: dict[str, Any]) -> float:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--size", type=parse_size, default="2GB", help="bytes per side (default: 2GB)")
     add("--threads", type=int, default=2, help="this tool's threads where files are cached (default: 2)")
-    add("--repeat", type=int, default=5, help="rounds (default: 5); torch takes part in two at most")
+    add("--repeat", type=int, default=5, help="rounds (default: 5); torch, which takes minutes, has one")
     add("--no-rivals", dest="rivals", action="store_false", help="measure only this tool and the reads")
     add(
         "--only",

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.files.contestants import best_reads, diff, neftsurgery, script
-from benchmarks.files.fixtures import CheckpointPair, DiskSpaceError, Fixtures
-from benchmarks.harness import machine, results
-from benchmarks.harness.log import log
-from benchmarks.harness.page_cache import PageCacheError
-from benchmarks.harness.process import CommandError, run
+from benchmarks.files.fixtures import CheckpointPair, Fixtures
+from benchmarks.files.suite import measure_parts
+from benchmarks.harness.process import run
 from benchmarks.harness.side_by_side import Contestant, run_group
 from benchmarks.quantized.options import LAYOUTS, RESULTS, Options
 
@@ -24,42 +19,31 @@ COLD = ((4, 1 << 22), (8, 1 << 21), (16, 1 << 21))
 
 def measure(options: Options) -> None:
     """Measures the layouts asked for; writes ``options.out/quantized.json``."""
-    if options.work:
-        options.work.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="neft-bench-", dir=options.work))
-    here = machine.describe(folder)
-    fixtures = Fixtures(folder)
-    try:
-        for layout in options.only:
-            began = time.perf_counter()
-            log(layout)
-            try:
-                found: dict[str, Any] = {"groups": _groups(fixtures, layout, options)}
-            except (DiskSpaceError, PageCacheError, CommandError) as failure:
-                log(f"  skipped: {failure}")
-                reason = failure.reason if isinstance(failure, CommandError) else str(failure)
-                found = {"groups": [], "skipped": reason}
-            today = datetime.now(UTC).date().isoformat()
-            about = {"title": LAYOUTS[layout], "command": options.command(layout), "date": today}
-            results.store(options.out / RESULTS, layout, about | {"machine": here} | found)
-            log(f"  {layout} took {time.perf_counter() - began:.0f} s")
-    finally:
-        shutil.rmtree(folder)
+    parts = {name: (LAYOUTS[name], partial(_measured, layout=name, options=options)) for name in options.only}
+    measure_parts(parts, options.out / RESULTS, options.command, options.work, partial(_prepare, options))
 
 
-def _groups(fixtures: Fixtures, layout: str, options: Options) -> list[dict[str, Any]]:
-    small = fixtures.pair(10**7, "--quantized", layout)
-    run(neftsurgery("diff", small.base, small.tuned))  # kernels are compiled before anything is timed
+def _prepare(options: Options, fixtures: Fixtures) -> None:
+    """Kernels are compiled and modules read before anything is timed."""
+    for layout in options.only:
+        small = fixtures.pair(10**7, "--quantized", layout)
+        run(neftsurgery("diff", small.base, small.tuned))
+        if options.rivals and find_spec("torch"):
+            run(torch(small, layout, 1).command)
+
+
+def _measured(fixtures: Fixtures, layout: str, options: Options) -> dict[str, Any]:
     pair = fixtures.pair(options.size, "--quantized", layout)
     pair.warm()
     reads, _ = best_reads(pair, pair.warm, WARM, min(options.repeat, 2))
     warm = [diff(pair, pair.warm, options.threads), *reads]
     if options.rivals:
-        warm.append(torch(pair, layout, min(options.repeat, 2)))
+        warm.append(torch(pair, layout, 1))
     groups = [run_group("in the page cache", pair.nbytes, warm, options.repeat)]
     reads, _ = best_reads(pair, pair.drop, COLD, 1)
     cold = [diff(pair, pair.drop, None), *reads]
-    return [*groups, run_group("not in the page cache", pair.nbytes, cold, options.repeat)]
+    groups.append(run_group("not in the page cache", pair.nbytes, cold, options.repeat))
+    return {"groups": groups}
 
 
 def torch(pair: CheckpointPair, layout: str, rounds: int) -> Contestant:

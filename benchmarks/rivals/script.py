@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-Rows = tuple[torch.Tensor, torch.Tensor]  # indices, new values
+if TYPE_CHECKING:  # loops of numpy do not import it
+    import torch
+
+    Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # indices, new values
 
 
 def timed(work: Callable[..., dict[str, int] | None]) -> None:
@@ -27,6 +29,8 @@ def timed(work: Callable[..., dict[str, int] | None]) -> None:
 
 def rows_of(patch: str) -> dict[str, Rows]:
     """The indices and values of the rows of each touched tensor."""
+    from safetensors.torch import load_file
+
     entries, used, found = load_file(patch), Counter[str](), dict[str, Rows]()
     with safe_open(patch, "pt") as file:
         tensors = json.loads(file.metadata()["neuron_patch"])["tensors"]

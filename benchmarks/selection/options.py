@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.harness.names import some_of
 from benchmarks.selection.arms import ARMS
-from benchmarks.selection.pretrained.options import arm_name
+from benchmarks.selection.pretrained.options import PRECISIONS, arm_name
 from benchmarks.selection.text import Sizes
 
 
@@ -171,6 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(map(int, text.split(","))),
         default=(),
         help="with --model: only these sizes of the training set",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help=f"with --model: the type of matrix products (default: {PRECISIONS[0]})",
     )
     add("--arms", type=arm_name, default=(), help="with --model: only these arms")
     add("--minutes", type=float, default=float("inf"), help="start no run after this; resume later")

@@ -55,4 +55,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--share", type=float, default=3.0, help="percent of the rows (default: 3)")
     add("--rounds", type=int, default=15, help="turns of each contestant (default: 15)")
     add("--quick", action="store_true", help="smoke test: tiny, two rounds; the figures mean nothing")
-    add("--out", type=Path, default=Path("build/gpu"), help="results; the page is OUT-switch.md")
+    add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-training.md")

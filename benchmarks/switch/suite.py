@@ -20,7 +20,8 @@ WARM_UP = 2
 CONTESTANTS = {
     "resident": "`index_copy_` of the same rows, which lie on the device",
     "host": "`index_copy_` of the same rows, from the processor's memory",
-    "ours": "`attached.switch(patch)`",
+    "first": "`attached.switch(path)`: the patch is read and checked each time",
+    "ours": "`attached.switch(patch)` to a patch that was attached before",
 }
 
 
@@ -50,6 +51,7 @@ def measure(options: Options) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": here,
         "device": options.device,
+        "threads": torch.get_num_threads(),
         "rows": sum(len(index) for _, index, _ in both.sides[0]),
         "bytes": sum(values.nbytes for *_, values in both.sides[0]),
         "contestants": [
@@ -65,7 +67,8 @@ class Prepared:
     """A model, two patches of it, and contestants that put the first or the second in.
 
     ``sides``: name, rows' indices and values of each weight of each patch. ``weights``: copies of the
-    model's, which the plain contestants write into, since a switch checks that the base is as it was.
+    model's, which the plain contestants write into, since a switch checks that the base is as it was. Each
+    round has the other number than the last, so ``first`` takes the patch of ``ours`` before out.
     """
 
     model: Any
@@ -107,6 +110,7 @@ def prepare(job: dict[str, Any], share: float, folder: Path) -> Prepared:
     turns: dict[str, Callable[[int], None]] = {
         "resident": partial(copy, resident),
         "host": partial(copy, sides),
+        "first": lambda number: attached.switch(folder / f"{number}.safetensors"),
         "ours": lambda number: attached.switch(patches[number]),
     }
     return Prepared(model, sides, weights, turns)

@@ -44,7 +44,7 @@ def prepare(name: str, model: Any) -> TrainingMethod:
     if kind == "tokens":
         return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
     share = int(rest) / 100 if rest else 0.0
-    methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira, _peft)
+    methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira, _peft, _supertuning, _miss)
     methods += (_experts_floor, _experts, _experts_lora, _experts_full)
     return {method.__name__[1:]: method for method in methods}[kind](model, share)
 
@@ -143,12 +143,17 @@ def _masked(model: Any, share: float) -> TrainingMethod:
 
 def _rank(model: Any, share: float) -> int:
     """The rank whose number of parameters is nearest to NeFT's."""
+    widths = sum(m.in_features + m.out_features for m in linears(model).values())
+    return max(1, round(_wanted(model, share) / widths))
+
+
+def _wanted(model: Any, share: float) -> int:
+    """How many parameters NeFT trains."""
     modules = linears(model)
-    wanted = sum(
+    return sum(
         len(index) * modules[name.removesuffix(".weight")].in_features
         for name, index in rows(model, share).items()
     )
-    return max(1, round(wanted / sum(m.in_features + m.out_features for m in modules.values())))
 
 
 def _lora(model: Any, share: float) -> TrainingMethod:
@@ -167,6 +172,20 @@ def _shira(model: Any, share: float) -> TrainingMethod:
     )
     config = ShiraConfig(r=min(_rank(model, share), smallest), target_modules=list(LINEAR), random_seed=0)
     return _adapted(get_peft_model(model, config))
+
+
+def _supertuning(model: Any, share: float) -> TrainingMethod:
+    from peft import SupertuningConfig, get_peft_model
+
+    return _adapted(get_peft_model(model, SupertuningConfig(sparsity=1 - share, target_modules=list(LINEAR))))
+
+
+def _miss(model: Any, share: float) -> TrainingMethod:
+    from peft import MissConfig, get_peft_model
+
+    outputs = sum(module.out_features for module in linears(model).values())
+    rank = max(1, round(_wanted(model, share) / outputs))
+    return _adapted(get_peft_model(model, MissConfig(r=rank, target_modules=list(LINEAR))))
 
 
 def _peft(model: Any, share: float) -> TrainingMethod:

@@ -36,6 +36,8 @@ CONTESTANTS = {
     "lora-9": ("rival", "PEFT LoRA, parameters as NeFT 9%"),
     "peft-3": ("ours", "NeFT as a PEFT method, 3% of rows"),
     "shira-3": ("rival", "PEFT SHiRA, parameters as NeFT 3%"),
+    "supertuning-3": ("rival", "PEFT SUPERTUNING, parameters as NeFT 3%"),
+    "miss-3": ("rival", "PEFT MiSS, parameters as NeFT 3%"),
     "tokens-neft": ("ours", "NeFT, 3% of the embedding's entries"),
     "tokens-peft": ("rival", "PEFT TrainableTokens, the same entries"),
 }

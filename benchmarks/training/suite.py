@@ -106,8 +106,8 @@ class Worker:
             return
         answer = self._read_answer()
         if answer:
-            seconds = answer.pop("seconds")
-            self.runs.append({"seconds": round(sum(seconds) / len(seconds), 6)})
+            times = {"seconds": sum(answer.pop("seconds")), "cpu": answer.pop("cpu")}
+            self.runs.append({name: round(total / steps, 6) for name, total in times.items()})
             self.facts = answer
 
     def _read_answer(self) -> dict[str, Any]:

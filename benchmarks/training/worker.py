@@ -36,8 +36,10 @@ def main() -> None:
         trainer.step()
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
+        began = time.process_time()
         seconds = [trainer.step() for _ in range(int(line))]
-        print(json.dumps({"seconds": seconds, **trainer.facts(imported)}), file=answers)
+        cpu = time.process_time() - began
+        print(json.dumps({"seconds": seconds, "cpu": cpu, **trainer.facts(imported)}), file=answers)
 
 
 class _Trainer:

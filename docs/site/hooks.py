@@ -31,6 +31,8 @@ NEIGHBOURS = {
 _OUTSIDE = re.compile(
     r"^(\.\./|https://(github|raw.githubusercontent)\.com/neftsurgery/neftsurgery/((blob|tree)/)?main/)"
 )
+#: A flag, and what it takes.
+_FLAG, _SPLIT = re.compile(r"((?:-\w, )?--[\w-]+) ([^/].*)"), r"\1` `\2"
 #: Keywords of verbs in Python, by what they say.
 GROUPS = {
     "Which tensors and neurons": options.ScopeOptions,
@@ -57,6 +59,15 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Have links lead to where the pages are in the site."""
     return loosened_lists(site_links(markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Keep each flag in running text in one line: browsers would break it after its hyphens."""
+    return re.sub(r"<code>([^<]+)</code>", lambda found: f"<code>{_unbroken(found[1])}</code>", html)
+
+
+def _unbroken(code: str) -> str:
+    return re.sub(r"(?<![\w-])--?[a-z][\w-]*", r'<span class="flag">\g<0></span>', code)
 
 
 def made_pages() -> dict[str, str]:
@@ -152,12 +163,13 @@ def _keyword(name: str, value: str | None) -> str:
 
 
 def _type(kind: Any) -> str:
-    names = [getattr(one, "__name__", str(one)) for one in get_args(kind) or (kind,)]
+    kinds = get_args(kind) or (kind,)
+    names = ["None" if one is type(None) else getattr(one, "__name__", str(one)) for one in kinds]
     return kind.__name__ if isinstance(kind, type) else " or ".join(names)
 
 
 def _table(head: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| `{flags}` | {_escaped(text)} |" for flags, text in rows]
+    lines = [f"| {_FLAG.sub(_SPLIT, f'`{flags}`')} | {_escaped(text)} |" for flags, text in rows]
     return "\n".join([f"| {head} | |", "|---|---|", *lines])
 
 

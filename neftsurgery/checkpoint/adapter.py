@@ -23,7 +23,7 @@ from ..neurons.submodels import Submodels
 from ..neurons.tensor_names import read_name
 from ..quantization.weight import Companion, rows_read
 from ..sources.resolve import Source, resolve
-from ..storage.executors import Seen
+from ..storage.threads import Seen
 from ..tensors.arrays import Float32Array, Int64Array, RawBytes
 from ..tensors.document import read_object
 from ..tensors.floats import FLOATS, narrow, widen

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
-from ..storage.executors import Seen
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors
+from ..storage.threads import Seen
+from ..tensors.arrays import RawBytes
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
@@ -43,9 +44,7 @@ class Shard:
     name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
-    part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
-    )
+    part: str = ""  # what comes before the names of its tensors, ``unet/``: see `weight_files`
 
     @classmethod
     def open(cls, root: Path, name: str, part: str = "") -> Shard:
@@ -86,41 +85,21 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
+    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights."""
 
-    Attributes
-    ----------
-    source:
-        Where it came from.
-    root, is_file:
-        The folder of its files, and whether it was named as one file.
-    shards, opened:
-        The weight files, by path; those that are open, and how many bytes were read.
-    tensors:
-        By name, in file order, under tied names too; ``info.name`` is the one that its file has.
-    absent:
-        Names that the index lists and no file has.
-    indexes, parts:
-        The indexes that led to its files, below its folder; the parts that it lists, ``unet/``, if it is made
-        of parts.
-    prefixes, original:
-        If its names are changed: how, and the checkpoint with the names that its files have.
-    quantized:
-        The weights that it shows as numbers while its files hold codes, by name; see `dequantized`.
-    """
-
-    source: Source
-    root: Path
-    is_file: bool
-    shards: tuple[Shard, ...]
-    tensors: Mapping[str, TensorInfo]
+    source: Source  # where it came from
+    root: Path  # the folder of its files
+    is_file: bool  # whether it was named as one file
+    shards: tuple[Shard, ...]  # the weight files, by path
+    tensors: Mapping[str, TensorInfo]  # in file order, under tied names too; ``info.name`` is in the file
     _home: Mapping[str, int] = field(repr=False)
-    absent: tuple[str, ...] = ()
-    indexes: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # names that the index lists and no file has
+    indexes: tuple[str, ...] = ()  # those that led to its files, below its folder
+    parts: tuple[str, ...] = ()  # ``unet/``: those that it lists, if it is made of parts
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
-    prefixes: Prefixes | None = None
-    original: Checkpoint | None = None
+    prefixes: Prefixes | None = None  # how its names are changed
+    original: Checkpoint | None = None  # with the names that its files have, if they are changed
+    #: The weights that it shows as numbers while its files hold codes, by name; see `dequantized`.
     quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -128,14 +107,11 @@ class Checkpoint:
     def open(cls, named: str | os.PathLike[str] | Source) -> Checkpoint:
         """The checkpoint at a path or of a Hub id; reads headers only.
 
-        Raises
-        ------
-        UsageError
-            If there is no such checkpoint.
-        CorruptFileError
-            If a header or the index is damaged, or points outside its folder.
-        MachineError
-            If something cannot be read, or a change in place was interrupted: see `neftsurgery.heal`.
+        Raises:
+            UsageError: If there is no such checkpoint.
+            CorruptFileError: If a header or the index is damaged, or points outside its folder.
+            MachineError: If something cannot be read, or a change in place was interrupted: see
+                `neftsurgery.heal`.
         """
         source = named if isinstance(named, Source) else resolve(named)
         refuse_unfinished(source)
@@ -260,15 +236,13 @@ class Checkpoint:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+        file = self.opened.get(self.shard_of(name))
         self.opened.count(len(buffer))
         file.read_into(buffer, self.position(name)[1] + start)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+        file = self.opened.get(self.shard_of(name))
         self.opened.count(out.nbytes)
         offset, row = self.position(name)[1], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
@@ -279,17 +253,15 @@ class Checkpoint:
         with _cached_rows_lock if cached else nullcontext():
             file.read_rows(offset, rows, out)
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of a tensor, mapped if in memory, or fetched from a URL; else None. Not to be changed."""
-        shard = self.shard_of(name)
-        file = self.opened.get(shard)
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
+        """As of `tensors.reader.WeightReader`. Not to be changed."""
+        file = self.opened.get(self.shard_of(name))
         if file.remote is not None:
-            fetched = np.empty(size, np.uint8)
-            self.read_into(name, start, fetched.data)
-            return fetched
-        found = map_cached(file.fileno(), self.position(name)[1] + start, size)
+            self.read_into(name, start, room.data)
+            return room
+        found = map_cached(file.fileno(), self.position(name)[1] + start, room.size) if mapped else None
         if found is not None:
-            self.opened.count(size)
+            self.opened.count(room.size)
         return found
 
     @property
@@ -338,10 +310,10 @@ class ComputedWeights(Checkpoint, ABC):
         stored = self.tensors[name].name
         return -1 if stored in self.shown else self.files.address(stored)
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""
         stored = self.tensors[name].name
-        return None if stored in self.shown else self.files.window(stored, start, size)
+        return None if stored in self.shown else self.files.window(stored, start, room, mapped)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """As of `Checkpoint`."""

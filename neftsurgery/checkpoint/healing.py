@@ -42,21 +42,12 @@ _RANGES = 20
 
 @dataclass(frozen=True)
 class HealResult:
-    """What `heal` did.
+    """What `heal` did."""
 
-    Attributes
-    ----------
-    checkpoint:
-        As it was named.
-    journals, neurons:
-        Those that were followed and removed, none if it was whole; how many vectors were written back.
-    """
-
-    checkpoint: str
-    journals: tuple[Path, ...]
-    neurons: int
-    #: What was counted: neurons, or ranges of bytes.
-    unit: str = "neuron"
+    checkpoint: str  # as it was named
+    journals: tuple[Path, ...]  # that were followed and removed; none if it was whole
+    neurons: int  # how many vectors were written back
+    unit: str = "neuron"  # what was counted: ``neuron``, or ``range`` of bytes
 
     def __str__(self) -> str:
         if not self.journals:
@@ -103,14 +94,10 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
 
     Only call this for a checkpoint whose journal you trust: `plan_heal` says what it would write.
 
-    Raises
-    ------
-    UsageError
-        If there is no such checkpoint, or a file of it is a symlink or has several hard links.
-    CorruptFileError, MismatchError
-        If the journal is damaged, or belongs to other files.
-    MachineError
-        If another process is changing the checkpoint now, or it cannot be written.
+    Raises:
+        UsageError: If there is no such checkpoint, or a file of it is a symlink or has several hard links.
+        CorruptFileError, MismatchError: If the journal is damaged, or belongs to other files.
+        MachineError: If another process is changing the checkpoint now, or it cannot be written.
     """
     return plan_heal(checkpoint).run()
 

@@ -45,7 +45,7 @@ class TensorsInMemory:
         for row, part in zip(rows.tolist(), out, strict=True):
             self.read_into(name, row * out.shape[1], part.data)
 
-    def window(self, name: str, start: int, size: int) -> None:
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> None:
         """None: what is in memory is read, not mapped."""
 
     def check_unchanged(self) -> None:

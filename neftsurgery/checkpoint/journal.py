@@ -13,7 +13,6 @@ the weights may change (``side``: name, XXH3-128 before and after, permission bi
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import secrets
 import stat
@@ -215,8 +214,7 @@ class Journal:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
-        with naming(self.path), self._file.stream() as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._file.sha256()
 
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""

@@ -49,13 +49,11 @@ def fingerprint(
     """
     own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
     names = {**own, **(names or {})}
-
     tensors = [(name, stored, weights.tensors[stored]) for name, stored in sorted(names.items())]
-    state, edge, whole = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES
+    state, edge, whole, kept = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES, 0
     nbytes = [info.nbytes for _, _, info in tensors]
     address = weights.address if isinstance(weights, Checkpoint) else lambda name: -1
     addresses = [address(stored) if info.nbytes <= whole else -1 for _, stored, info in tensors]
-    kept = 0
     for run in neighbours(nbytes, [addresses], _READ_BYTES):
         if run.start >= kept and isinstance(weights, Checkpoint):
             kept = run.start + _EDGES_AT_ONCE

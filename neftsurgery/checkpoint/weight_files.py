@@ -85,7 +85,7 @@ def _in_folder(folder: Path, index: str | None = None) -> WeightFiles:
     if not is_index(name):
         return WeightFiles({name: ""})
     weight_map = _weight_map(folder / name)
-    files = _indexed_files(folder, folder / name, set(weight_map.values()))
+    files = _indexed_files(folder, folder / name, {file: one for one, file in weight_map.items()})
     return WeightFiles(dict.fromkeys(files, ""), (name,), weight_map.keys())
 
 
@@ -120,7 +120,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _indexed_files(folder: Path, index: Path, spelled: Collection[str]) -> list[str]:
+def _indexed_files(folder: Path, index: Path, spelled: Mapping[str, str]) -> list[str]:
     found: set[str] = set()
     for name in sorted(spelled):
         # A shard is in the folder, or below it. Symlinks are allowed (the Hub cache is made of them):
@@ -130,13 +130,13 @@ def _indexed_files(folder: Path, index: Path, spelled: Collection[str]) -> list[
             raise CorruptFileError(f"the index points outside its folder: {name[:200]!r}", file=index)
         longest = max(len(part.encode("utf-8", "surrogatepass")) for part in plain.split("/"))
         if longest > _MAX_NAME_BYTES or len(plain) > _MAX_PATH or not (folder / plain).is_file():
-            raise _missing(folder, index, name, {posixpath.normpath(one) for one in spelled})
+            raise _missing(folder, index, name, spelled)
         found.add(plain)
     return sorted(found)
 
 
-def _missing(folder: Path, index: Path, name: str, named: Collection[str]) -> CorruptFileError:
-    others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named)
+def _missing(folder: Path, index: Path, name: str, spelled: Mapping[str, str]) -> CorruptFileError:
+    others = sorted({p.name for p in folder.glob("*.safetensors")} - {*map(posixpath.normpath, spelled)})
     if other := next((one for one in others if shard_count(one) not in (None, shard_count(name))), None):
         return CorruptFileError(
             "the index is stale: it is of another save than the files beside it",
@@ -148,6 +148,7 @@ def _missing(folder: Path, index: Path, name: str, named: Collection[str]) -> Co
     return CorruptFileError(
         f"the index names {name[:200]!r}, which is not there",
         file=index,
+        tensor=spelled[name],  # one of those in it
         hint="a shard is missing: fetch the checkpoint again",
     )
 

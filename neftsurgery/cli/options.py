@@ -59,8 +59,7 @@ def common_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, threads: int | None, memory: int | None, **options: Any) -> Any:
         from ..sources.remote import FETCHED
-        from ..storage.executors import dask_executor
-        from ..storage.threads import Limits
+        from ..storage.threads import Limits, dask_executor
 
         before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
         as_json, quiet, _ = (options.pop(one) or before[one] for one in ("as_json", "quiet", "verbose"))

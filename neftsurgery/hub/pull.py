@@ -106,25 +106,16 @@ def pull(
 
     Only the patch is fetched, into huggingface_hub's cache. Returns the patch at ``out``, or in the cache.
 
-    Parameters
-    ----------
-    named:
-        ``org/name`` or ``org/name@revision``.
-    out:
-        The file to write, all or nothing. None: the patch stays in the cache.
-    sha256:
-        The SHA-256 that the file must have.
-    force:
-        Replace ``out`` if it exists.
+    Args:
+        named: ``org/name`` or ``org/name@revision``.
+        out: The file to write, all or nothing. None: the patch stays in the cache.
+        sha256: The SHA-256 that the file must have.
+        force: Replace ``out`` if it exists.
 
-    Raises
-    ------
-    UsageError
-        If the repository or the revision does not exist, or ``out`` exists.
-    MismatchError
-        If the repository has no patch.
-    CorruptFileError, MachineError
-        If the patch is damaged, or has another SHA-256; if the Hub refuses (401, 403, gated) or cannot be
-        reached, or ``out`` cannot be written. Nothing is written.
+    Raises:
+        UsageError: If the repository or the revision does not exist, or ``out`` exists.
+        MismatchError: If the repository has no patch.
+        CorruptFileError, MachineError: If the patch is damaged, or has another SHA-256; if the Hub refuses
+            (401, 403, gated) or cannot be reached, or ``out`` cannot be written. Nothing is written.
     """
     return plan_pull(named, out, sha256, force).run(progress=progress)

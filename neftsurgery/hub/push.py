@@ -163,34 +163,23 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
 
     huggingface_hub finds the token: ``HF_TOKEN``, or that of ``hf auth login``.
 
-    Parameters
-    ----------
-    patch:
-        A patch, its file, or the Hub id of another repository.
-    repo:
-        ``org/name``; created if it does not exist.
-    private:
-        Create the repository as private. An existing public one is refused.
-    revision:
-        A branch; created from main if it does not exist. Default: main.
-    message:
-        The commit message.
-    base:
-        ``org/name`` or ``org/name@revision`` of the base, if the patch does not name it.
-    parent:
-        The commit that must be the branch's head: the one that you looked at last.
-    replace_card:
-        Write a new card. By default the owner's text is kept.
+    Args:
+        patch: A patch, its file, or the Hub id of another repository.
+        repo: ``org/name``; created if it does not exist.
+        private: Create the repository as private. An existing public one is refused.
+        revision: A branch; created from main if it does not exist. Default: main.
+        message: The commit message.
+        base: ``org/name`` or ``org/name@revision`` of the base, if the patch does not name it.
+        parent: The commit that must be the branch's head: the one that you looked at last.
+        replace_card: Write a new card. By default the owner's text is kept.
 
-    Raises
-    ------
-    UsageError
-        If a name is not valid, ``private`` does not fit the repository, or a named base does not exist.
-    MismatchError
-        If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is not the one
-        that the patch names; if the card on the Hub cannot be read.
-    CorruptFileError, MachineError
-        If the patch's hashes do not match; if the Hub refuses or cannot be reached. The branch is as it was.
+    Raises:
+        UsageError: If a name is not valid, ``private`` does not fit the repository, or a named base does not
+            exist.
+        MismatchError: If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is
+            not the one that the patch names; if the card on the Hub cannot be read.
+        CorruptFileError, MachineError: If the patch's hashes do not match; if the Hub refuses or cannot be
+            reached. The branch is as it was.
     """
     plan = plan_push(patch, repo, **options)
     warn(log, plan.warnings)
@@ -199,20 +188,10 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
 
 @boundary
 def plan_push(
-    patch: AnyPatch,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    base: str | None = None,
-    parent: str | None = None,
-    replace_card: bool = False,
-    dry_run: bool = False,
-    progress: Progress = silent,
+    patch: AnyPatch, repo: str, *, dry_run: bool = False, **options: Unpack[PushOptions]
 ) -> PushPlan:
     """Check what `push` needs, and write the card; on a ``dry_run``, a silent Hub is a warning."""
-    patch = load_any(patch)
+    patch, base, message = load_any(patch), options.get("base"), options.get("message")
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")
     base_model = base_of(patch, base)
@@ -222,7 +201,8 @@ def plan_push(
         )
     if message is not None and not message.strip():
         raise UsageError("the commit message is empty")
-    branch = MAIN if revision is None else revision
+    branch = MAIN if (revision := options.get("revision")) is None else revision
+    private = options.get("private")
     if not is_revision(branch) or branch == "HEAD":
         raise UsageError(
             f"[[revision]] is not the name of a branch: {branch!r}",
@@ -230,7 +210,7 @@ def plan_push(
             hint="name it with letters, digits and . _ - /, as git allows",
         )
     if isinstance(patch, Patch):
-        check_patches([patch], progress)  # a lossless one needs its base for that
+        check_patches([patch], options.get("progress", silent))  # a lossless one needs its base for that
     warnings = []
     try:
         repository = read_repository(repo, branch)
@@ -240,7 +220,7 @@ def plan_push(
         repository = Repository(repo, branch)
         warnings.append(f"the repository on the Hub was not read: {error.what}")
     else:
-        _check_repository(repository, private, parent)
+        _check_repository(repository, private, options.get("parent"))
     licence, warning = read_licence(base_model, required=base is not None and not dry_run)
     if warning is not None:
         warnings.append(warning)
@@ -249,7 +229,8 @@ def plan_push(
             "the patch does not say which Hub model is its base, so the card names none: give it as [[base]]"
         )
     figure = card_figure(patch) if isinstance(patch, Patch) else None
-    shown, existing = FIGURE_NAME if figure else None, None if replace_card else repository.card()
+    existing = None if options.get("replace_card") else repository.card()
+    shown = FIGURE_NAME if figure else None
     card = write_card(patch, repo, base_model, licence, figure=shown, existing=existing)
     if message is None:
         verb = "Update" if PATCH_NAME in repository.files else "Add"

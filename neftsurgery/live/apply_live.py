@@ -32,21 +32,15 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
 
     Everything is checked before the first tensor changes. Applying it twice is the same as applying it once.
 
-    Parameters
-    ----------
-    model:
-        A module, or its ``state_dict()``: a mapping of names to tensors, which are changed in place. What
-        transformers has merged, split or transposed is changed where it lies.
-    patch:
-        A patch of either kind, or its path. A lossless one must have the tensors that the model has.
+    Args:
+        model: A module, or its ``state_dict()``: a mapping of names to tensors, which are changed in place.
+            What transformers has merged, split or transposed is changed where it lies.
+        patch: A patch of either kind, or its path. A lossless one must have the tensors that the model has.
 
-    Raises
-    ------
-    MismatchError
-        If a tensor is missing, is changed when the model is loaded, has another shape or dtype, or other
-        values than the base; nothing is changed.
-    CorruptFileError
-        If the patch does not match its hashes; nothing is changed.
+    Raises:
+        MismatchError: If a tensor is missing, is changed when the model is loaded, has another shape or
+            dtype, or other values than the base; nothing is changed.
+        CorruptFileError: If the patch does not match its hashes; nothing is changed.
     """
     loaded = load_any(patch)
     if isinstance(loaded, LosslessPatch):

@@ -36,37 +36,26 @@ def export_lora(
     If the training extra is installed and the base has a config, modules are named as in the live model, and
     nothing is written unless PEFT takes all of it. Else they are named as in the files, with a warning.
 
-    Parameters
-    ----------
-    patch:
-        A patch of rows or columns of linear weights; with the live model also of embeddings, convolutions and
-        stacked experts.
-    out:
-        The adapter folder, which is written atomically.
-    base:
-        The checkpoint the patch was made from; a reversible patch does not need it.
-    rank:
-        The rank that all modules are padded to; by default the next of vLLM's ranks.
-    rank_pattern:
-        Each module has the rank that it needs, by PEFT's ``rank_pattern``.
-    dtype:
-        Of the factors: ``f32``, ``bf16`` or ``f16``, which round the differences.
-    prefix:
-        Modules are named as in the files, with this in front: ``transformer.`` for a GPT-2 without its head.
-    force:
-        Replace ``out`` if it exists.
-    threads, memory, progress:
-        As in `diff`.
+    Args:
+        patch: A patch of rows or columns of linear weights; with the live model also of embeddings,
+            convolutions and stacked experts.
+        out: The adapter folder, which is written atomically.
+        base: The checkpoint the patch was made from; a reversible patch does not need it.
+        rank: The rank that all modules are padded to; by default the next of vLLM's ranks.
+        rank_pattern: Each module has the rank that it needs, by PEFT's ``rank_pattern``.
+        dtype: Of the factors: ``f32``, ``bf16`` or ``f16``, which round the differences.
+        prefix: Modules are named as in the files, with this in front: ``transformer.`` for a GPT-2 without
+            its head.
+        force: Replace ``out`` if it exists.
+        threads, memory, progress: As in `diff`.
 
-    Raises
-    ------
-    UsageError
-        If ``out`` exists, or the patch does not hold the replaced values and ``base`` is not given.
-    MismatchError
-        If a tensor of the patch has no LoRA form or needs a larger rank, PEFT does not take the adapter, or
-        ``base`` is not the patch's base.
-    CorruptFileError, MachineError
-        If the patch's hashes do not match its content; if something cannot be read or written.
+    Raises:
+        UsageError: If ``out`` exists, or the patch does not hold the replaced values and ``base`` is not
+            given.
+        MismatchError: If a tensor of the patch has no LoRA form or needs a larger rank, PEFT does not take
+            the adapter, or ``base`` is not the patch's base.
+        CorruptFileError, MachineError: If the patch's hashes do not match its content; if something cannot be
+            read or written.
     """
     form, rest = split("export_lora", options, ExportOptions, RunOptions)
     plan = plan_lora(patch, out, base=base, force=force, **form)

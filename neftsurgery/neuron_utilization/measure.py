@@ -20,7 +20,6 @@ from ..neurons.layout import Layout
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
-from ..surgery.pairing import scored_count
 from ..tuning.attached import attach
 from .hidden_states import find_block_stack, mean_hidden_states
 from .options import DTYPES
@@ -90,9 +89,8 @@ def _of_tensor(
             found=f"{list(weight.shape)}, hidden states of {means.shape[1]}",
         )
     values, states = max_correlations(weight, tensor.layout, means[start:stop])
-    if tensor.part is not None:
-        values[torch.from_numpy(~tensor.part.mask())] = torch.nan
-    advance(scored_count(tensor))
+    values[torch.from_numpy(~tensor.counted())] = torch.nan
+    advance(tensor.neurons)
     return values.numpy(), (states + start).numpy().astype(np.int32)
 
 

@@ -100,7 +100,7 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
     for x, value in zip(xs, moved, strict=True):
         if value == value:
             text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-            annotate(axes, text, (x, value), (0, 3), color=MUTED, ha="center", fontsize=7)
+            annotate(axes, text, (x, value), (0, 3), color=MUTED, ha="center", fontsize=8.5)
     axes.set_xticks(np.arange(len(rows) + 1) - 0.5, [f"{100 * start:g}" for start, *_ in rows] + ["100"])
     axes.set_ylim(0, 1.15 * max(float(np.nanmax(moved, initial=0)), 1))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +80,7 @@ class NeuronGroup:
     mean_share: float | None  # the same as a share of the neurons ranked together, to compare models
 
 
-@dataclass(frozen=True, slots=True)
-class RankBucket:
+class RankBucket(NamedTuple):
     """The neurons between two shares of the ranking before training, the largest correlations first."""
 
     start: float
@@ -114,18 +113,10 @@ class Utilization:
 
     The measure of Xu et al., section 6.1 of https://aclanthology.org/2025.coling-main.630/.
     ``docs/utilization.md`` has the definitions.
-
-    Attributes
-    ----------
-    tensors:
-        The tensors by name, ordered by code points.
-    facts:
-        What was compared, and how, as JSON: ``base``, ``tuned`` or ``patch``, ``text``, ``states``,
-        ``strongly``.
     """
 
-    tensors: Mapping[str, TensorUtilization]
-    facts: Mapping[str, Any]
+    tensors: Mapping[str, TensorUtilization]  # by name, ordered by code points
+    facts: Mapping[str, Any]  # ``base``, ``tuned`` or ``patch``, ``text``, ``states``, ``strongly``: JSON
 
     def __repr__(self) -> str:
         groups = self.groups()
@@ -215,7 +206,7 @@ class Utilization:
                 | {"kinds": {k: _described(self.groups(layer=layer, kind=k)) for k in self.kinds}}
                 for layer in self.layers
             },
-            "buckets": [dict(zip(BUCKET_KEYS, astuple(bucket), strict=True)) for bucket in self.buckets()],
+            "buckets": [dict(zip(BUCKET_KEYS, bucket, strict=True)) for bucket in self.buckets()],
         }
 
     @boundary

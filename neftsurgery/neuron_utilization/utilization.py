@@ -24,7 +24,6 @@ from ..selection.budget import Amount
 from ..selection.selection import Selection
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
-from ..surgery.pairing import scored_count
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..text import printable
@@ -66,7 +65,7 @@ class UtilizationPlan:
     @property
     def neurons(self) -> int:
         """How many neurons are ranked."""
-        return sum(map(scored_count, self.tensors.values()))
+        return sum(tensor.neurons for tensor in self.tensors.values())
 
     def facts(self) -> dict[str, Any]:
         """What is compared, and how: the `Utilization.facts` of the result."""
@@ -113,42 +112,34 @@ def utilization(
     state of a layer on a text, before and after training. The method is that of Xu et al., COLING 2025,
     section 6.1 (https://aclanthology.org/2025.coling-main.630/); ``docs/utilization.md`` has the definitions.
 
-    Parameters
-    ----------
-    base:
-        The checkpoint before training: a folder or Hub id, with config and tokenizer.
-    tuned:
-        A patch of the base, whose neurons count as trained; or another checkpoint, whose neurons with any
-        differing bit do. Of a patch, no second model is loaded.
-    text:
-        A UTF-8 file with a text on each line.
-    anatomy:
-        ``ffn`` (the paper's up rows and down columns) or ``rows``, of vectors as wide as the hidden states.
-        Default: ``ffn``, and in addition the kinds of weight in which the patch has neurons.
-    states:
-        Which hidden states count: those that enter the neuron's block or an earlier one (``preceding``, the
-        default, as in the paper), leave it or a later one (``following``, as the paper's code), or ``all``.
-    strongly:
-        A neuron that moves by more ranks than this is strongly affected: a number, or a share of the neurons
-        ranked together (``"5%"``). Default: the paper's 100,000 ranks as a share, 28.4%.
-    tokens, length, batch:
-        The most tokens of the text (default 32,768), of a text that the model sees together (default 512, or
-        the model's maximum), and of those that go through it at once (default 4,096).
-    dtype, device:
-        What the model computes in, and where. Default ``auto``: the dtype of its files, and a GPU if any.
-    out, force:
-        A safetensors file for the numbers of every neuron (default: none), and whether to replace it.
-    progress:
-        Called for tokens and for neurons, before and after training.
+    Args:
+        base: The checkpoint before training: a folder or Hub id, with config and tokenizer.
+        tuned: A patch of the base, whose neurons count as trained; or another checkpoint, whose neurons with
+            any differing bit do. Of a patch, no second model is loaded.
+        text: A UTF-8 file with a text on each line.
+        anatomy: ``ffn`` (the paper's up rows and down columns) or ``rows``, of vectors as wide as the hidden
+            states. Default: ``ffn``, and in addition the kinds of weight in which the patch has neurons.
+        states: Which hidden states count: those that enter the neuron's block or an earlier one
+            (``preceding``, the default, as in the paper), leave it or a later one (``following``, as the
+            paper's code), or ``all``.
+        strongly: A neuron that moves by more ranks than this is strongly affected: a number, or a share of
+            the neurons ranked together (``"5%"``). Default: the paper's 100,000 ranks as a share, 28.4%.
+        tokens, length, batch: The most tokens of the text (default 32,768), of a text that the model sees
+            together (default 512, or the model's maximum), and of those that go through it at once (default
+            4,096).
+        dtype, device: What the model computes in, and where. Default ``auto``: the dtype of its files, and a
+            GPU if any.
+        out, force: A safetensors file for the numbers of every neuron (default: none), and whether to replace
+            it.
+        progress: Called for tokens and for neurons, before and after training.
 
-    Raises
-    ------
-    UsageError
-        For a path or an option that is wrong, an empty text, or a model without a usable tokenizer.
-    MismatchError
-        If the patch is not of this base, or the model does not have hidden states of one width.
-    CorruptFileError, MachineError
-        If a file is damaged, or the text is not UTF-8; if something cannot be read or written.
+    Raises:
+        UsageError: For a path or an option that is wrong, an empty text, or a model without a usable
+            tokenizer.
+        MismatchError: If the patch is not of this base, or the model does not have hidden states of one
+            width.
+        CorruptFileError, MachineError: If a file is damaged, or the text is not UTF-8; if something cannot be
+            read or written.
     """
     return plan_utilization(base, tuned, text, **options).run(progress=progress)
 
@@ -239,8 +230,8 @@ def _count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> 
         tensor = tensors.get(name)
         if tensor is None or tensor.axes != chosen.layout.axes:
             count += len(chosen.index)
-        elif tensor.part is not None:
-            count += int((~tensor.part.mask()[chosen.index]).sum())
+        else:
+            count += int((~tensor.counted()[chosen.index]).sum())
     return count
 
 

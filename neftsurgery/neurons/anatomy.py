@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
+
+import numpy as np
 
 from ..errors import MismatchError, UsageError
-from ..options import AxisOption
+from ..options import AxisOption, PatternOptions, Scope
+from ..tensors.arrays import Mask
 from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .layout import Layout
@@ -57,6 +60,15 @@ class NeuronTensor:
         """Where the neurons lie in the tensor."""
         return Layout.of(self.info.shape, self.axes)
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons count."""
+        return self.layout.count if self.part is None else self.part.count
+
+    def counted(self) -> Mask:
+        """Whether each neuron counts, bool ``[n]``."""
+        return np.ones(self.layout.count, np.bool_) if self.part is None else self.part.mask()
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -80,25 +92,28 @@ class Anatomy:
     warnings: tuple[str, ...] = ()
     unit_count: int = 0  # 0 unless the anatomy is ``units``
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons are scored."""
+        return sum(tensor.neurons for tensor in self.scored)
+
 
 def read_anatomy(
-    name: str,
+    scope: Scope | str,
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any] | None,
-    *,
-    axis: AxisOption = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    only: Sequence[str] = (),
+    **patterns: Unpack[PatternOptions],
 ) -> Anatomy:
     """Decide for every tensor whether it holds neurons, and along which axes.
 
-    ``rows`` are output units of weights; ``ffn`` the up rows and down columns of feed-forward blocks, each on
-    its own; ``units`` feed-forward and attention units, whose parts lie in several tensors. ``axis``
-    overrides the family table; the others are patterns of tensors to add, leave out, or look at alone. Raises
-    a `UsageError` for what no tensor has, and a `MismatchError` where ``ffn`` or ``units`` cannot be told.
+    The scope may be an anatomy, with ``patterns``. ``rows`` are output units of weights; ``ffn`` the up rows
+    and down columns of feed-forward blocks, each on its own; ``units`` feed-forward and attention units,
+    whose parts lie in several tensors. ``axis`` overrides the family table; the others are patterns of
+    tensors to add, leave out, or look at alone. Raises a `UsageError` for what no tensor has, and a
+    `MismatchError` where ``ffn`` or ``units`` cannot be told.
     """
-    if name not in ANATOMIES:
+    scope = Scope(scope, **patterns) if isinstance(scope, str) else scope
+    if (name := scope.anatomy) not in ANATOMIES:
         raise UsageError(f"there is no anatomy {name!r}", hint=f"known ones: {', '.join(ANATOMIES)}")
     submodels = Submodels.of(config)
     if name != "rows" and not submodels.known:
@@ -106,10 +121,10 @@ def read_anatomy(
             f"the anatomy {name} needs a known architecture, and {_unknown(config)}",
             hint="the anatomy rows works for every model",
         )
-    axes = _overrides(axis, tensors)
-    included = matching(include, tensors, option="include")
-    excluded = matching(exclude, tensors)
-    permitted = matching(only, tensors, option="only") if only else None
+    axes = _overrides(scope.axis, tensors)
+    included = matching(scope.include, tensors, option="include")
+    excluded = matching(scope.exclude, tensors)
+    permitted = matching(scope.only, tensors, option="only") if scope.only else None
     return _Reader(name, tensors, submodels, config, axes, included - excluded, excluded, permitted).read()
 
 

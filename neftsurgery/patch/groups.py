@@ -52,6 +52,12 @@ class RowGroup:
         inner = codes.shape[codes.axes[-1]] if codes.axes else 1
         return shared_rows(rows, inner, self.shares[role], count)
 
+    def is_whole(self, role: str, new: Int64Array, rows: Int64Array, codes: Layout, count: int) -> bool:
+        """Whether ``rows`` of codes are all that need ``new`` ones of the ``count`` neurons of a member."""
+        every = np.arange(codes.count, dtype=np.int64)
+        wanted = every[np.isin(self.needed(role, every, codes, count), new)]
+        return bool(np.isin(wanted, rows, assume_unique=True).all())
+
     def fault(
         self,
         tensors: Mapping[str, PatchTensor],
@@ -62,19 +68,17 @@ class RowGroup:
 
         ``changed``: of a member, which of its rows in the patch are new.
         """
-        codes = tensors[self.codes].layout
-        rows = index(self.codes)
-        every = np.arange(codes.count, dtype=np.int64)
+        codes, rows = tensors[self.codes].layout, index(self.codes)
+        last = np.arange(codes.count, dtype=np.int64)[-1:]
         for role, name in self.companions.items():
             count = tensors[name].layout.count
-            if count not in (1, int(self.needed(role, every[-1:], codes, 0).max(initial=-1)) + 1):
+            if count not in (1, int(self.needed(role, last, codes, 0).max(initial=-1)) + 1):
                 return f"its {role} are not those of its codes"
             if not np.array_equal(np.unique(self.needed(role, rows, codes, count)), index(name)):
                 return f"its {role} do not go with the rows of its codes"
-            if count < codes.count and len(new := index(name)[changed(name)]):
-                wanted = every[np.isin(self.needed(role, every, codes, count), new)]
-                if not np.isin(wanted, rows, assume_unique=True).all():
-                    return f"its {role} change without all rows of codes that need them"
+            new = index(name)[changed(name)] if count < codes.count else index(name)[:0]
+            if len(new) and not self.is_whole(role, new, rows, codes, count):
+                return f"its {role} change without all rows of codes that need them"
         return None
 
 

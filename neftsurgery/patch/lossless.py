@@ -37,19 +37,12 @@ class StoredWeights:
 
 
 class LosslessPatch(PatchFile):
-    """A lossless patch: a file with the difference of two checkpoints. Made by `extract` with ``lossless``.
-
-    Attributes
-    ----------
-    manifest:
-        The JSON document of the file.
-    forward, backward:
-        The ways from the base to the tuned checkpoint, and back; ``backward`` only in a reversible patch.
-    source:
-        What was named to open it; None for a patch that was made here.
-    """
+    """A file with the difference of two checkpoints. Made by `extract` with ``lossless``."""
 
     kind = "lossless"
+    forward: Delta  # the way from the base to the tuned checkpoint
+    backward: Delta | None = None  # the way back, in a reversible patch
+    neurons = 0  # it counts none
 
     def __init__(
         self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
@@ -59,7 +52,6 @@ class LosslessPatch(PatchFile):
         if code is None or code.dtype != "U8" or len(code.shape) != 1:
             raise bad(file, _WHAT, "it has no code")
         self.forward = Delta(file, "forward")
-        self.backward: Delta | None = None
         ways = [self.forward]
         if manifest.get("reversible") is True:
             self.backward = Delta(file, "backward", self.forward.code_end)
@@ -75,9 +67,6 @@ class LosslessPatch(PatchFile):
     def tuned(self) -> Provenance:
         """The checkpoint it makes."""
         return Provenance.from_json(self.manifest.get("tuned"))
-
-    #: It counts no neurons.
-    neurons = 0
 
     @property
     def what(self) -> str:

@@ -112,27 +112,17 @@ class PatchTensor:
 
 
 class Patch(PatchFile):
-    """A neuron patch, opened. Nothing in it is ever executed, and it names no file.
-
-    Attributes
-    ----------
-    manifest:
-        The JSON document of the file; `base`, `facts` and `training` are its parts.
-    tensors:
-        What it touches, ordered by name.
-    groups:
-        Which of these are the codes and scales of one quantized weight.
-    source:
-        What was named to open it; None for a patch that was made here.
-    """
+    """A neuron patch, opened. Nothing in it is ever executed, and it names no file."""
 
     kind = "neurons"
+    tensors: dict[str, PatchTensor]  # what it touches, ordered by name
+    groups: list[RowGroup]  # which of these are the codes and scales of one quantized weight
 
     def __init__(self, file: TensorFile, manifest: Mapping[str, Any], source: Source | None = None) -> None:
         super().__init__(file, manifest, source)
         self.tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
         self._places = _require_entries(file, manifest, self.tensors)
-        self.groups: list[RowGroup] = []
+        self.groups = []
         self._last_index = "", np.empty(0, np.int64)  # the entry that was read last
         if manifest["version"] > 1:
             require_seal(file, manifest, [("index", file.array_bytes("index").tobytes())])

@@ -74,29 +74,23 @@ class PatchFile(FileBacked, ABC):
         self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
     ) -> None:
         super().__init__(file)
-        self.manifest, self.source = manifest, source
+        self.manifest = manifest  # the JSON document of the file
+        self.source = source  # what was named to open it; None for a patch that was made here
 
     @classmethod
     @boundary
     def load(cls, named: str | os.PathLike[str] | Source) -> Self:
         """Open a patch. Its structure and indices are checked; `Patch.check` checks the hashes of its values.
 
-        Parameters
-        ----------
-        named:
-            A file; or ``org/name`` or ``org/name@revision`` of the Hub, of which the patch alone is fetched
-            into huggingface_hub's cache. A local path beats a Hub id.
+        Args:
+            named: A file; or ``org/name`` or ``org/name@revision`` of the Hub, of which the patch alone is
+                fetched into huggingface_hub's cache. A local path beats a Hub id.
 
-        Raises
-        ------
-        UsageError
-            If there is no such file, repository or revision.
-        MismatchError
-            If the Hub repository holds no patch, or the patch is of the other kind.
-        CorruptFileError
-            If it is no patch, damaged, or of a newer version.
-        MachineError
-            If it cannot be read, or the Hub refuses or cannot be reached.
+        Raises:
+            UsageError: If there is no such file, repository or revision.
+            MismatchError: If the Hub repository holds no patch, or the patch is of the other kind.
+            CorruptFileError: If it is no patch, damaged, or of a newer version.
+            MachineError: If it cannot be read, or the Hub refuses or cannot be reached.
         """
         return open_patch(named, (cls,))
 

@@ -52,29 +52,21 @@ class NeftConfig(PeftConfig):
     The neurons are those of a selection or patch file, or as many as a budget says, by a policy that needs no
     data. A saved adapter needs no file besides its own two: it holds the neurons' numbers and vectors.
 
-    Parameters
-    ----------
-    selection:
-        The path of a selection or patch. A patch also gives the first values.
-    neurons, params:
-        The budget, without a file: so many neurons, or neurons with so many parameters; ``"3%"``, ``50000``.
-    policy:
-        Which come first: ``random``; ``norm``: those with the largest vectors; ``magnitude``: those
-        with the largest mean absolute weight.
-    seed:
-        Of the policy ``random``.
-    anatomy:
-        ``rows``, ``ffn`` or ``units``: what a neuron is.
-    target_modules, exclude_modules:
-        Names of modules as elsewhere in PEFT: the only ones that are considered, or those that are not.
-    include:
-        Globs of tensors that are left out otherwise, such as the embedding.
-    modules_to_save:
-        Modules that are trained and saved whole, such as a new head.
-    counts:
-        Set by the method: how many neurons of each parameter the adapter holds, and along which axes.
-    base_fingerprint, version:
-        Set by the method: that of the files of a quantized base, and that of the adapter's form.
+    Args:
+        selection: The path of a selection or patch. A patch also gives the first values.
+        neurons, params: The budget, without a file: so many neurons, or neurons with so many parameters;
+            ``"3%"``, ``50000``.
+        policy: Which come first: ``random``; ``norm``: those with the largest vectors; ``magnitude``: those
+            with the largest mean absolute weight.
+        seed: Of the policy ``random``.
+        anatomy: ``rows``, ``ffn`` or ``units``: what a neuron is.
+        target_modules, exclude_modules: Names of modules as elsewhere in PEFT: the only ones that are
+            considered, or those that are not.
+        include: Globs of tensors that are left out otherwise, such as the embedding.
+        modules_to_save: Modules that are trained and saved whole, such as a new head.
+        counts: Set by the method: how many neurons of each parameter the adapter holds, and along which axes.
+        base_fingerprint, version: Set by the method: that of the files of a quantized base, and that of the
+            adapter's form.
     """
 
     selection: str | None = None

@@ -21,6 +21,7 @@ from ..live.weights import is_plain
 from ..text import some
 from ..tuning.base_checkpoint import find_base
 from ..tuning.forwards import forward_of, keep_gradients
+from ..tuning.processes import refuse_tensor_parallel
 from .base_vectors import file_vectors, neurons_in_files, quantization_of
 from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
@@ -41,6 +42,7 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
+        refuse_tensor_parallel(model)
         if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)
             config.counts = {

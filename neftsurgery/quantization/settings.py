@@ -11,8 +11,7 @@ import numpy as np
 from ..errors import CorruptFileError, MismatchError
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
-from .codes import CODE_BITS
-from .weight import Companion, QuantizedWeight
+from .weight import CODE_BITS, Companion, QuantizedWeight
 
 #: Rows and columns that share a scale; 0: all of them.
 ScaleBlock = tuple[int, int]
@@ -108,14 +107,15 @@ class Settings:
     ) -> QuantizedWeight:
         """Codes of a weight of ``shape`` whose scales are those of one of the ``allowed`` blocks."""
         *outer, rows, columns = shape
-        name = self.free(codes.name.removesuffix("_packed"), codes)
+        name, format = self.free(codes.name.removesuffix("_packed"), codes), scale.type.format
+        fraction = _EXACT_BITS if format is None else format.fraction_bits + 1  # with its leading one
         for block in allowed:
             high, wide = block[0] or rows, block[1] or columns
             grid = (*outer, -(-rows // high), -(-columns // wide))
             forms = [grid, grid[:-1]] if wide >= columns else [grid]
             forms += [(), (1,), (1,) * len(shape)] if block == (0, 0) else []
             if scale.shape in forms and (scale.dtype in FLOATS or scale.dtype in _SCALE_BITS):
-                bits = CODE_BITS[kind] + _SCALE_BITS.get(scale.dtype, _fraction_bits(scale))
+                bits = CODE_BITS[kind] + _SCALE_BITS.get(scale.dtype, fraction)
                 weight = TensorInfo(name, "F32" if bits <= _EXACT_BITS else "F64", shape)
                 shared = Companion.of(scale, shape, high)
                 if scale.elements == 1:
@@ -125,12 +125,6 @@ class Settings:
         raise self.unlike(
             codes, scale, f"scales for blocks of {high or rows} x {wide or columns}, by config.json"
         )
-
-
-def _fraction_bits(scale: TensorInfo) -> int:
-    """The bits of a float's fraction, with its leading one."""
-    format = scale.type.format
-    return _EXACT_BITS if format is None else format.fraction_bits + 1
 
 
 def is_block(value: object) -> TypeGuard[list[int]]:

@@ -9,20 +9,50 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Int64Array, RawBytes
-from ..tensors.floats import FLOATS
+from ..tensors.arrays import Float32Array, Float64Array, Int64Array, RawBytes
+from ..tensors.dtypes import DTYPES
+from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
-from .codes import code_table, scales_decoded
 
 Numbers = NDArray[np.floating[Any]]
+
+#: What codes may be: an 8-bit dtype of safetensors; ``E2M1``; integers stored with an offset, so that the
+#: lowest is 0. And how many bits the fraction of such a number has, with its leading one.
+CODE_BITS = {"F8_E4M3": 4, "F8_E5M2": 3, "E2M1": 2, "I8": 8, "offset 8": 8, "offset 4": 4}
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
+
+
+@cache
+def code_table(kind: str) -> tuple[Float32Array, int]:
+    """The numbers that bytes of codes stand for, one byte's behind the other's; and how many each has.
+
+    Of codes of four bits, the low one comes first.
+    """
+    every = np.arange(256)
+    if kind in ("E2M1", "offset 4"):
+        halves = _E2M1 if kind == "E2M1" else np.arange(-8, 8, dtype=np.float32)
+        return np.stack([halves[every & 15], halves[every >> 4]], axis=1).reshape(-1), 2
+    if kind in ("I8", "offset 8"):
+        return (every - 128 if kind == "offset 8" else every - 256 * (every > 127)).astype(np.float32), 1
+    return widen(every.astype(np.uint8), kind).astype(np.float32), 1
+
+
+def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:
+    """The values of scales: floats, or bytes of E8M0, ``2 ** (code - 127)`` where 255 is NaN."""
+    if dtype in FLOATS:
+        return widen(raw, dtype)
+    if dtype in ("U8", "F8E8M0"):
+        return E8M0.take(raw)
+    return np.ascontiguousarray(raw).view(DTYPES[dtype].numpy).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +87,7 @@ class QuantizedWeight:
     info: TensorInfo  # the weight that models have: its numbers in F32, or F64 where products need that
     codes: TensorInfo
     shape: tuple[int, ...]  # of the codes, one a number: rows along all axes but the last
-    kind: str  # of the codes, see `codes.CODE_BITS`
+    kind: str  # of the codes, see `CODE_BITS`
     scales: Companion
     columns: int  # neighbouring codes of a row that share a scale
     zeros: Companion | None = None

@@ -24,7 +24,7 @@ from .plotting import MplFigure, heatmap
 NO_LAYER = ""
 _REST, _ALL = "others", "all kinds"
 _MAX_CELLS = 1 << 22
-_MOST_ROWS, _MOST_COLUMNS = 128, 16  # of a figure
+_MOST_ROWS, _MOST_COLUMNS = 128, 12  # of a figure
 BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 
@@ -183,9 +183,9 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
     return text
 
 
-def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS) -> None:
+def draw_layer_map(fig: MplFigure, found: LayerMap) -> None:
     """Draw the share of each cell; of many rows or columns, those with the fewest chosen ones as one."""
-    found = found.folded(_MOST_ROWS, columns)
+    found = found.folded(_MOST_ROWS, _MOST_COLUMNS)
     mesh = heatmap(fig, found.share, found.row_labels, found.column_labels, ylabel="layer")
     bar = fig.colorbar(mesh, ax=mesh.axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)

@@ -170,17 +170,17 @@ def heatmap(
 ) -> Any:
     """Draw shares ``[rows, columns]``, NaN where empty, as cells with percentages; ``top`` is lightest."""
     top = top or float(np.nanmax(share, initial=0.0)) or 1.0
-    many, small = len(rows) > 48, len(rows) > 48 or len(columns) > 10
+    many, small = len(rows) > 48, len(rows) > 48 or len(columns) > 9
     longest = max(map(len, columns))
     slanted = longest * len(columns) > 60
-    height = 0.7 + 0.042 * longest * slanted + max((0.15 if many else 0.21) * len(rows), 0.4)
+    height = 0.85 + 0.05 * longest * slanted + max((0.16 if many else 0.23) * len(rows), 0.4)
     axes = new_axes(fig, height, **labels)
     edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE}
     mesh = axes.pcolormesh(np.ma.masked_invalid(share), cmap=COLORMAP, vmin=0, vmax=top, **edges)
     for (row, column), value in np.ndenumerate(share):
         if value == value:
             color = "#101418" if value / top > 0.55 else "#f4f6f8"
-            style: Any = {"ha": "center", "va": "center", "fontsize": 6.3 if small else 7.5, "color": color}
+            style: Any = {"ha": "center", "va": "center", "fontsize": 8 if small else 9, "color": color}
             axes.text(column + 0.5, row + 0.53, _short_percent(value), **style)
     rotation: Any = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **rotation)
@@ -196,7 +196,7 @@ def _short_percent(value: float) -> str:
     percent = 100 * value
     if 0 < percent < 0.01:
         return "<.01"
-    digits = 2 if 0 < percent < 0.995 else 1 if 0 < percent < 99.95 else 0
+    digits = 2 if 0 < percent < 0.995 else 1 if 0 < percent < 9.95 else 0
     return f"{percent:.{digits}f}"
 
 

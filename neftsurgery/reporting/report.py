@@ -163,33 +163,21 @@ def report(
 ) -> Report:
     """Report on scores files and patches; ``describe()`` returns all numbers, ``figures`` the figures.
 
-    Parameters
-    ----------
-    named:
-        One or several scores files and patches.
-    out:
-        Where to write the page, one HTML file that opens from disk. None: no page.
-    figures:
-        A folder for the figures, each as PNG, SVG and CSV. None: no figures.
-    force:
-        Replace ``out`` and ``figures`` if they exist.
-    more:
-        Sections to append, such as those of `neftsurgery.neuron_utilization.report_section`.
-    progress:
-        Called for the budgets and the figures.
-    **budget:
-        Which neurons of the scores count as sensitive: the keywords of `neftsurgery.Scores.select`. The
-        default is ``neurons="3%"``.
+    Args:
+        named: One or several scores files and patches.
+        out: Where to write the page, one HTML file that opens from disk. None: no page.
+        figures: A folder for the figures, each as PNG, SVG and CSV. None: no figures.
+        force: Replace ``out`` and ``figures`` if they exist.
+        more: Sections to append, such as those of `neftsurgery.neuron_utilization.report_section`.
+        progress: Called for the budgets and the figures.
+        **budget: Which neurons of the scores count as sensitive: the keywords of `neftsurgery.Scores.select`.
+            The default is ``neurons="3%"``.
 
-    Raises
-    ------
-    UsageError
-        If a file is neither scores nor a patch, options do not go together, an output exists, or a package
-        is not installed.
-    MismatchError
-        If no neuron can be chosen.
-    CorruptFileError, MachineError
-        If a file is damaged; if something cannot be read or written.
+    Raises:
+        UsageError: If a file is neither scores nor a patch, options do not go together, an output exists, or
+            a package is not installed.
+        MismatchError: If no neuron can be chosen.
+        CorruptFileError, MachineError: If a file is damaged; if something cannot be read or written.
     """
     plan = plan_report(named, out=out, figures=figures, force=force, **budget)
     return plan.run(more=more, progress=progress)

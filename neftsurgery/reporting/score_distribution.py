@@ -87,7 +87,7 @@ class ScoreDistribution:
             annotate(axes, share, (1, row), (4, 3), xycoords=at_edge, color=INK, annotation_clip=False)
             if self._zeros[kind]:
                 zeros = f"{text.percent(self._zeros[kind] / totals[kind])} at 0"
-                annotate(axes, zeros, (0, row), (3, 3), xycoords=at_edge, color=MUTED, fontsize=7)
+                annotate(axes, zeros, (0, row), (3, 3), xycoords=at_edge, color=MUTED, fontsize=8.5)
         if self._cut is not None and (self._cut > 0 or not self._log):
             at = np.log10(self._cut) if self._log else self._cut
             axes.axvline(at, color=CONTRAST, linestyle=(0, (4, 2)), linewidth=1.2)
@@ -140,7 +140,7 @@ def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]], score: str) -> None:
     axes.plot(values, ys, "o", color=ACCENT, markersize=5)
     for y, value in zip(ys, values, strict=True):
         annotate(axes, text.four_digits(value), (value, y), (6, 0), va="center", color=INK)
-    axes.set_yticks(ys, [f"{text.label(row[2], 40)} [{row[3]}]" for row in rows], fontsize=7.5)
+    axes.set_yticks(ys, [f"{text.label(row[2], 40)} [{row[3]}]" for row in rows], fontsize=8.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.16)
 

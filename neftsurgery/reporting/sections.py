@@ -20,7 +20,6 @@ from .score_distribution import ScoreDistribution, quantization_figures, top_neu
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
-_MOST_COLUMNS = 12  # of a lossless patch: biases and norms are kinds of weight there, too
 _PARTIAL = " The rest of the fine-tune is not in them."
 
 
@@ -168,8 +167,8 @@ def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSe
         "forms": patch.forms(),
     }
     base, tuned = _quoted(patch.base, "Its base"), _quoted(patch.tuned, "the fine-tune")
-    lead = f"{base} with this patch is {tuned}, to the bit."
-    return ReportSection(f"lossless{suffix}", title, lead, facts, lossless_figures(patch, suffix), data)
+    verdict, figures = [f"{base} with this patch is {tuned}, to the bit."], lossless_figures(patch, suffix)
+    return ReportSection(f"lossless{suffix}", title, "A lossless patch.", facts, figures, data, verdict)
 
 
 def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, ...]:
@@ -190,7 +189,7 @@ def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, .
 
 def _map_figure(name: str, suffix: str, counts: Mapping[str, tuple[int, int]], verdict: str) -> ReportFigure:
     found = LayerMap.of_counts(counts)
-    draw = (lambda fig: draw_layer_map(fig, found, _MOST_COLUMNS)) if counts else None
+    draw = (lambda fig: draw_layer_map(fig, found)) if counts else None
     share = text.percent(found.neurons / max(1, found.total))
     return ReportFigure.of(name, suffix, found.rows(), draw, f"{share} {verdict}.")
 

@@ -17,8 +17,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from ..quantization.codes import E8M0, code_table
-from ..quantization.weight import CodedWeight
+from ..quantization.weight import E8M0, CodedWeight, code_table
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.compiled import compiled
 from . import kernels

@@ -17,9 +17,8 @@ import numpy as np
 from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
-from ..storage.executors import Dispatch
 from ..storage.page_cache import is_truncated, sigbus_guard
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Dispatch, Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -98,8 +97,7 @@ class Engine:
         self, base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], limits: Limits, sizes: CutSizes
     ) -> None:
         self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
-        self._least_window = sizes.least_window
-        self._local = threading.local()
+        self._least_window, self._local = sizes.least_window, threading.local()
 
     def run(
         self, task: Sequence[TensorPiece] | range
@@ -141,11 +139,12 @@ class Engine:
     def _windows(
         self, sides: Sequence[WeightReader], info: TensorInfo, start: int, stop: int
     ) -> list[RawBytes | None]:
-        """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
+        """A part of a tensor on both sides, mapped or fetched; None for a side that cannot be."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
-        if size < self._least_window or not self._limits.mapped:
+        if size < self._least_window:
             return [None, None]
-        found = [side.window(info.name, first, size) for side in sides]
+        rooms = self._buffers(size)[:, :size]
+        found = [side.window(info.name, first, rooms[n], self._limits.mapped) for n, side in enumerate(sides)]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
@@ -175,7 +174,7 @@ class Engine:
         """Two buffers of this thread, each of at least ``size`` bytes."""
         buffers: RawBytes | None = getattr(self._local, "buffers", None)
         if buffers is None or buffers.shape[1] < size:
-            buffers = self._local.buffers = np.empty((2, size), np.uint8)
+            buffers = self._local.buffers = np.empty((2, size + -size % 64), np.uint8)  # aligned
         return buffers
 
 

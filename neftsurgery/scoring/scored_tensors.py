@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..neurons.anatomy import NeuronTensor
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.units import CountedSlice
-from ..tensors.arrays import Float32Array, IndexArray, Int64Array, Mask
+from ..tensors.arrays import Float32Array, IndexArray, Int64Array
 from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -25,26 +26,6 @@ _KINDS = {"score": "F32", "base_sq": "F64", "delta_sq": "F64", "dot": "F64", "ch
 SUMS = ("base_sq", "delta_sq", "dot", "changed")
 _OF_ELEMENTS = ("delta_sq", "changed")  # what is recorded of companion biases as well
 _NEURONS = 1 << 20  # of a batch
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredTensor:
-    """One scored tensor."""
-
-    info: TensorInfo
-    layout: Layout
-    layer: str  # the pool of ``--per layer``; empty outside the layers
-    bias: str | None  # the tensor whose elements go with these neurons
-    part: CountedSlice | None  # the neurons that the anatomy counts; None: all
-
-    @property
-    def neurons(self) -> int:
-        """How many neurons the anatomy counts."""
-        return self.layout.count if self.part is None else self.part.count
-
-    def belongs(self) -> Mask | None:
-        """Whether the anatomy counts each neuron; None if it counts all."""
-        return None if self.part is None else self.part.mask()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +51,19 @@ class Unscored:
         return cls(entry.number("delta_sq") if "delta_sq" in entry else 0.0, bool(entry.get("changed")))
 
 
-def read_all_scored(file: TensorFile, entries: Mapping[str, object]) -> dict[str, ScoredTensor]:
+def read_all_scored(file: TensorFile, entries: Mapping[str, object]) -> dict[str, NeuronTensor]:
     """The scored tensors, by name in order, from their descriptions; one that several share is read once."""
-    found, known = dict[str, ScoredTensor](), dict[int, ScoredTensor]()
+    found, known = dict[str, NeuronTensor](), dict[int, NeuronTensor]()
     for name, entry in sorted(entries.items()):
         like = known.get(id(entry))
         if like is None:
             found[name] = known[id(entry)] = read_scored(file, name, entry)
         else:
-            info = TensorInfo(name, like.info.dtype, like.info.shape)
-            found[name] = ScoredTensor(info, like.layout, like.layer, like.bias, like.part)
+            found[name] = replace(like, info=replace(like.info, name=name))
     return found
 
 
-def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
+def read_scored(file: TensorFile, name: str, entry: object) -> NeuronTensor:
     """The scored tensor ``name``, from its description; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
@@ -103,11 +83,11 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     if part is not None:
         inner = info.shape[layout.axes[-1]]
         part = CountedSlice(layout.count // inner, inner, *part)
-    return ScoredTensor(info, layout, layer, bias, part)
+    return NeuronTensor(info, layout.axes, layer, "", bias, part=part)
 
 
 def read_companion_biases(
-    file: TensorFile, version: int, unscored: object, tensors: Mapping[str, ScoredTensor]
+    file: TensorFile, version: int, unscored: object, tensors: Mapping[str, NeuronTensor]
 ) -> Iterator[tuple[str, CompanionBias]]:
     """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
@@ -175,7 +155,7 @@ class ScoreArrays:
         cls,
         file: TensorFile,
         facts: Mapping[str, object],
-        tensors: Mapping[str, ScoredTensor],
+        tensors: Mapping[str, NeuronTensor],
         companion_biases: Mapping[str, CompanionBias],
     ) -> ScoreArrays:
         """Those of ``file``; a `CorruptFileError` if its entries do not fit the tensors."""
@@ -196,7 +176,7 @@ class ScoreArrays:
             require_entry(file, WHAT, entry)
         return cls(file, starts)
 
-    def having(self, tensors: Iterable[ScoredTensor], *kinds: str) -> list[ScoredTensor]:
+    def having(self, tensors: Iterable[NeuronTensor], *kinds: str) -> list[NeuronTensor]:
         """Those of the scored ``tensors`` that have all of these numbers."""
         if self.starts is None:
             return [tensor for tensor in tensors if self.has(tensor.info.name, *kinds)]
@@ -210,14 +190,14 @@ class ScoreArrays:
         shortest = min(entries[which].shape[0] if which in entries else 0 for which in kinds)
         return self.starts.get(name, shortest) < shortest
 
-    def scores(self, tensors: Sequence[ScoredTensor]) -> ScoreRange | Float32Array:
+    def scores(self, tensors: Sequence[NeuronTensor]) -> ScoreRange | Float32Array:
         """The scores of tensors that follow each other; many are read when they are asked for."""
         count = sum(tensor.layout.count for tensor in tensors)
         if self.starts is None or count <= _NEURONS:
             return self.read("score", tensors)
         return ScoreRange(self.file, self.starts[tensors[0].info.name], count)
 
-    def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
+    def read(self, which: str, tensors: Sequence[NeuronTensor | CompanionBias]) -> NDArray[Any]:
         """One kind of numbers of tensors that follow each other and have it, one after the other."""
         if self.starts is None:
             values = np.concatenate([self.file.array(_entry(tensor.info.name, which)) for tensor in tensors])
@@ -238,7 +218,7 @@ def _entry(name: str, which: str) -> str:
 class SumBatch:
     """Consecutive tensors, and their neurons one after the other."""
 
-    tensors: Sequence[ScoredTensor]  # each with at least one neuron
+    tensors: Sequence[NeuronTensor]  # each with at least one neuron
     starts: Int64Array  # ``[len(tensors)]``: where each one's neurons begin
     # By the name of the sum, a vector over all their neurons, with 0 for NaN and for neurons that the anatomy
     # does not count.
@@ -263,7 +243,7 @@ class SumBatch:
 
 
 def batches(
-    numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
+    numbers: ScoreArrays, tensors: Iterable[NeuronTensor], which: Sequence[str]
 ) -> Iterator[SumBatch]:
     """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
     having = numbers.having(tensors, *which)
@@ -272,7 +252,7 @@ def batches(
         yield _read(numbers, [tensor for tensor, _ in group], which)
 
 
-def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
+def _read(numbers: ScoreArrays, tensors: Sequence[NeuronTensor], which: Sequence[str]) -> SumBatch:
     counts = [tensor.layout.count for tensor in tensors]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     sums = {part: numbers.read(part, tensors) for part in which}
@@ -280,10 +260,7 @@ def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence
         values[np.isnan(values)] = 0
     if all(tensor.part is None for tensor in tensors):
         return SumBatch(tensors, starts, sums, None)
-    masks = [tensor.belongs() for tensor in tensors]
-    counted = np.concatenate(
-        [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
-    )
+    counted = np.concatenate([tensor.counted() for tensor in tensors])
     inside = {part: np.where(counted, values, 0) for part, values in sums.items()}
     uncounted = {part: np.where(counted, 0, values) for part, values in sums.items()}
     return SumBatch(tensors, starts, inside, uncounted)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
+from ..neurons.anatomy import NeuronTensor
 from ..options import SelectOptions, split
 from ..selection.budget import Budget
 from ..selection.choice import Block, choose
@@ -26,7 +27,6 @@ from .scored_tensors import (
     WHAT,
     CompanionBias,
     ScoreArrays,
-    ScoredTensor,
     SumBatch,
     Unscored,
     batches,
@@ -40,30 +40,20 @@ _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leave
 
 
 class Scores(FileBacked):
-    """An open scores file: what was scored is in memory, the numbers are read when asked for.
-
-    Attributes
-    ----------
-    facts:
-        The file's JSON document. Made of a mapping.
-    tensors:
-        The scored tensors, ordered by name.
-    companion_biases:
-        Tensors of one-element neurons whose changes are recorded, by name.
-    """
+    """An open scores file: what was scored is in memory, the numbers are read when asked for."""
 
     def __init__(
         self,
         file: TensorFile,
         facts: Mapping[str, object],
-        tensors: Mapping[str, ScoredTensor],
+        tensors: Mapping[str, NeuronTensor],
         companion_biases: Mapping[str, CompanionBias],
         arrays: ScoreArrays,
     ) -> None:
         super().__init__(file)
-        self.facts = Facts(facts)
-        self.tensors = tensors
-        self.companion_biases = companion_biases
+        self.facts = Facts(facts)  # the file's JSON document
+        self.tensors = tensors  # those that are scored, ordered by name
+        self.companion_biases = companion_biases  # those of one-element neurons whose changes are recorded
         self._arrays = arrays
 
     @classmethod
@@ -192,19 +182,14 @@ class Scores(FileBacked):
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:
         """Choose neurons.
 
-        Parameters
-        ----------
-        **budget:
-            As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like``
-            (a selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
-            ``with_bias``.
+        Args:
+            **budget: As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like`` (a
+                selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
+                ``with_bias``.
 
-        Raises
-        ------
-        UsageError
-            For options that make no sense, or do not go together.
-        MismatchError
-            If no neuron can be chosen.
+        Raises:
+            UsageError: For options that make no sense, or do not go together.
+            MismatchError: If no neuron can be chosen.
         """
         split("select", budget, SelectOptions)
         return self.choose(Budget.of(**budget))
@@ -232,7 +217,7 @@ class Scores(FileBacked):
         return Selection(tensors, facts)
 
     def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
-        def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
+        def alike(tensor: NeuronTensor) -> tuple[str, str, int]:
             """The same for neighbours that may share a block: one pool, and one cost per neuron."""
             own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
             return (
@@ -245,11 +230,11 @@ class Scores(FileBacked):
         blocks = [Block(*key, self._arrays.scores(members)) for key, members in groups]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
-            start = 0
-            for tensor in members:
-                if len(index := np.flatnonzero(mask[start : start + tensor.layout.count])):
-                    yield tensor.info.name, index
-                start += tensor.layout.count
+            taken, edges = np.flatnonzero(mask), np.cumsum([0, *(tensor.layout.count for tensor in members)])
+            cuts = pairwise(np.searchsorted(taken, edges).tolist())
+            for tensor, start, (low, high) in zip(members, edges.tolist(), cuts, strict=False):
+                if low < high:
+                    yield tensor.info.name, taken[low:high] - start
 
     def _choose_units(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}
@@ -287,9 +272,8 @@ class Scores(FileBacked):
 
     def _changed(self) -> Iterator[tuple[str, Int64Array]]:
         for name, tensor in self.tensors.items():
-            mask = tensor.belongs()
             changed = self._differing(name)
-            yield name, changed if mask is None else changed[mask[changed]]
+            yield name, changed[tensor.counted()[changed]]
         for name, bias in self.companion_biases.items():
             if bias.included:
                 yield name, self._differing(name)

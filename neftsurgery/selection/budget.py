@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, Literal, Unpack, cast, get_args
 
@@ -118,14 +118,14 @@ class Budget:
 
     neurons: Amount | None = None
     params: Amount | None = None
-    threshold: float | None = None
-    changed: bool = False
     like: Mapping[str, int] | None = None  # neurons by tensor name
+    threshold: float | None = None
+    max_per_tensor: int | None = None
     per: Per = "model"
     allocate: Allocation = "size"
-    max_per_tensor: int | None = None
     policy: Policy = "sensitive"
     seed: int = 0
+    changed: bool = False
     with_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -210,20 +210,12 @@ class Budget:
 
     def describe(self) -> dict[str, object]:
         """JSON for a manifest, only what is set: ``Budget.of(**described)`` is this budget again."""
-        described = {
-            "neurons": None if self.neurons is None else self.neurons.describe(),
-            "params": None if self.params is None else self.params.describe(),
-            "like": None if self.like is None else dict(self.like),
-            "threshold": self.threshold,
-            "max_per_tensor": self.max_per_tensor,
-            "per": None if self.per == "model" else self.per,
-            "allocate": None if self.allocate == "size" else self.allocate,
-            "policy": None if self.policy == "sensitive" else self.policy,
-            "seed": self.seed if self.seed or self.policy == "random" else None,
-            "changed": True if self.changed else None,
-            "with_bias": True if self.with_bias else None,
-        }
-        return {option: value for option, value in described.items() if value is not None}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        usual = {one.name: one.default for one in fields(self)}
+        if self.policy == "random":
+            del usual["seed"]
+        given = {name: one for name, one in values.items() if name not in usual or one != usual[name]}
+        return {name: one.describe() if isinstance(one, Amount) else one for name, one in given.items()}
 
 
 def _amount(option: str, value: Amount | str | int) -> Amount:

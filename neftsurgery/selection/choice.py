@@ -65,15 +65,11 @@ def choose(
 ) -> list[Mask]:
     """The neurons that ``budget``, anything but ``changed``, chooses, as one mask per block.
 
-    The blocks are ordered by tensor name, then index. This order, then the position in a block, breaks ties.
-    Pools are ordered by their first block. A number above that of all neurons chooses all. A percentage in
-    ``budget.params`` is of ``parameters``, those of the whole model. The result depends neither on ``chunk``
-    (how many neurons are compared at once) nor on ``sorted_pool`` (the largest pool that is sorted, not
-    searched). Memory on top of the scores: one byte per neuron for the result, one more with a cap per
-    tensor, four more for the policy ``random``, and a few megabytes.
-
-    Raises a `MismatchError` if no neuron has a score, and a `UsageError` if a budget of parameters is too
-    small for one neuron, or ``like`` does not fit the blocks.
+    The order of the blocks (by tensor name, then index), then the position in a block, breaks ties. A
+    percentage in ``budget.params`` is of ``parameters``, those of the whole model. The result depends neither
+    on ``chunk`` (how many neurons are compared at once) nor on ``sorted_pool`` (the largest pool that is
+    sorted, not searched). Memory on top of the scores: a byte per neuron, one more with a cap per tensor,
+    four more for the policy ``random``. Raises as `Scores.select`.
     """
     if budget.changed:
         raise ValueError("a budget by changed does not depend on scores")

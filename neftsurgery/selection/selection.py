@@ -89,18 +89,10 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class Selection:
-    """Chosen neurons by tensor name, with at least one each.
+    """Chosen neurons by tensor name, with at least one each."""
 
-    Attributes
-    ----------
-    tensors:
-        What is chosen, ordered by name (code points).
-    facts:
-        How they were chosen, as far as that is known. Made of a mapping of JSON values.
-    """
-
-    tensors: Mapping[str, Chosen]
-    facts: SelectionFacts
+    tensors: Mapping[str, Chosen]  # ordered by name (code points)
+    facts: SelectionFacts  # how they were chosen, as far as that is known
 
     def __init__(self, tensors: Mapping[str, Chosen], facts: Mapping[str, object]) -> None:
         object.__setattr__(self, "tensors", tensors)

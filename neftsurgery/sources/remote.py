@@ -8,6 +8,7 @@ the URL. What describes the model is fetched whole; other files are empty until 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from ..errors import CorruptFileError, UsageError
 from .places import find_place
 from .web_file import IN_FLIGHT, AbsentError, RefusedError
 
-_RANGE_BYTES = 4 << 20  # a longer range is fetched in several
+_RANGE_BYTES = 4 << 20  # a longer range is fetched in several of about so many
 _FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
 _MOST_HEADER, _MOST_WHOLE = 100_000_000, 64 << 20
 _MOST_KEPT = 4096  # edges of tensors
@@ -63,7 +64,7 @@ class Fetched:
 FETCHED: list[Fetched] = []
 _lock = threading.Lock()
 _threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="neft-remote")
-_stand_ins: weakref.WeakValueDictionary[tuple[int, int], RemoteFile] = weakref.WeakValueDictionary()
+_stand_ins = dict[tuple[int, int], "RemoteFile"]()  # by device and inode
 
 
 def remote_file(opened: int | str | os.PathLike[str]) -> RemoteFile | None:
@@ -86,7 +87,8 @@ class RemoteFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         status = self.path.stat()
-        _stand_ins[status.st_dev, status.st_ino] = self
+        self._inode = status.st_dev, status.st_ino
+        _stand_ins[self._inode] = self
 
     def make(self) -> None:
         """Put into the stand-in the header of a weight file, or the content of another one."""
@@ -106,6 +108,11 @@ class RemoteFile:
             self._fetched.count(0, self.ranged.nbytes)
             self._is_made = True
 
+    def leave(self) -> None:
+        """Remove the stand-in, whose inode may be that of any file from then on."""
+        _stand_ins.pop(self._inode, None)
+        self.path.unlink(missing_ok=True)
+
     def fill(self, parts: Iterable[Wanted]) -> None:
         """Fill buffers, many at once. Raises as `RangedFile.read`."""
         wanted = list[Wanted]()
@@ -113,17 +120,22 @@ class RemoteFile:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
                 buffer[:] = kept
                 continue
-            steps = range(0, len(buffer), _RANGE_BYTES)
-            wanted += [(start + step, buffer[step : step + _RANGE_BYTES]) for step in steps]
+            step = -(-len(buffer) // max(1, round(len(buffer) / _RANGE_BYTES))) or 1
+            wanted += [(start + at, buffer[at : at + step]) for at in range(0, len(buffer), step)]
         list(_threads.map(self._fetch, wanted))
 
     def keep(self, places: Collection[tuple[int, int]]) -> None:
         """Fetch small ranges, ``(start, length)``, that will be asked for one by one."""
         if len(self._kept) + len(places) > _MOST_KEPT:
             self._kept = {}
-        buffers = {place: bytearray(place[1]) for place in places if place not in self._kept}
-        self.fill((start, memoryview(buffer)) for (start, _), buffer in buffers.items())
-        self._kept |= {place: bytes(buffer) for place, buffer in buffers.items()}
+        new, runs = sorted({*places} - self._kept.keys()), list[tuple[int, bytearray]]()
+        for start, length in new:  # the end of a tensor and the start of the next one are one range
+            if not runs or start != runs[-1][0] + len(runs[-1][1]):
+                runs.append((start, bytearray()))
+            runs[-1][1].extend(bytes(length))
+        self.fill((start, memoryview(buffer)) for start, buffer in runs)
+        fetched = io.BytesIO(b"".join(buffer for _, buffer in runs))
+        self._kept |= {place: fetched.read(place[1]) for place in new}
 
     def _fetch(self, part: Wanted) -> None:
         """Fetch one range, and put it where it belongs."""
@@ -133,6 +145,12 @@ class RemoteFile:
             done += len(chunk)
         if done < len(buffer):
             raise CorruptFileError("the file ends before its tensors do", file=self.path)
+
+
+def _remove(home: str, files: dict[str, RemoteFile]) -> None:
+    for file in files.values():
+        file.leave()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 class RemoteFolder:
@@ -150,7 +168,7 @@ class RemoteFolder:
         home = tempfile.mkdtemp(prefix="neft-remote-")
         self.root = Path(home, place.shown.replace("/..", "/__"))
         self.root.mkdir(parents=True)
-        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
+        weakref.finalize(self, _remove, home, self.files)
         wanted = [*filter(_DESCRIBING.fullmatch, place.names or ()), *filter(None, [place.single])]
         self._add({*(place.names or ()), *wanted})
         self.make(wanted)
@@ -178,7 +196,7 @@ class RemoteFolder:
             self.files[name].make()
         except (AbsentError, RefusedError) as error:  # buckets that do not list refuse what is not there
             self._refused = error if isinstance(error, RefusedError) else self._refused
-            self.files.pop(name).path.unlink()
+            self.files.pop(name).leave()
 
     def _add(self, names: Iterable[str]) -> list[str]:
         """Have empty files stand in for those that have names of local files; returns the new ones."""

@@ -29,9 +29,8 @@ def copy_file(
     """Copy a regular file byte for byte; holes stay holes, blocks are shared if possible.
 
     ``target`` is a path where nothing is, or the descriptor of an empty file. A new file gets the permission
-    bits of ``source`` (no set-id or sticky bits), which are returned, and is removed if the copy fails.
-    ``progress`` is told of bytes copied; the kernel copies ``step`` of them at once. Raises a `UsageError` if
-    ``source`` is not a regular file, and a `MismatchError` if it changed meanwhile.
+    bits of ``source`` (no set-id or sticky bits), which are returned, and is removed if the copy fails. A
+    `UsageError` says that ``source`` is not a regular file, a `MismatchError` that it changed meanwhile.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     with closing(OpenFile.at(source, os.O_NONBLOCK)) as reader:
@@ -42,10 +41,10 @@ def copy_file(
         if isinstance(target, int):
             if os.fstat(target).st_size:
                 raise ValueError("the target of a copy must be empty")
-            _Copy(reader, target, before, progress, step).run()
+            FileCopy(reader, target, before, progress, step).run()
         else:
             with naming(target), _created(Path(target), mode) as writer:
-                _Copy(reader, writer, before, progress, step).run()
+                FileCopy(reader, writer, before, progress, step).run()
         return mode
 
 
@@ -65,14 +64,14 @@ def _created(path: Path, mode: int) -> Iterator[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
+class FileCopy:
     """A copy of one open file to another."""
 
     reader: OpenFile
     writer: int
     before: os.stat_result  # of the reader
-    advance: Callable[[int], None]
-    step: int
+    advance: Callable[[int], None] = lambda nbytes: None
+    step: int = _STEP
 
     def run(self) -> None:
         """Copy all of it, and check that it did not change."""

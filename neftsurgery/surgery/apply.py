@@ -50,39 +50,28 @@ def apply(
 ) -> RewriteResult:
     """Write a patched checkpoint.
 
-    Parameters
-    ----------
-    base:
-        A checkpoint: a file, a folder, or a Hub id. It may be patched already, or partly.
-    patches:
-        A patch, or several, each a `Patch` or a path; each is checked against the state that the
-        ones before it leave. Lossless patches make a whole checkpoint, and follow each other; a folder stands
-        for its patches, in their order.
-    to:
-        Of a folder of lossless patches, the number of the last one: that in its file name.
-    out:
-        The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
-    in_place:
-        Change ``base`` itself: only what differs is written, the old bytes journaled first. A lossless patch
-        needs a base whose weight files have the headers that those of the result have.
-    sha256:
-        The SHA-256 that the patch's file must have; of several patches, one each, in order.
-    force:
-        Replace ``out`` if it exists. Also write where only fingerprints tell models apart, and they differ.
-    threads, memory, progress:
-        As in `diff`.
+    Args:
+        base: A checkpoint: a file, a folder, or a Hub id. It may be patched already, or partly.
+        patches: A patch, or several, each a `Patch` or a path; each is checked against the state that the
+            ones before it leave. Lossless patches make a whole checkpoint, and follow each other; a folder
+            stands for its patches, in their order.
+        to: Of a folder of lossless patches, the number of the last one: that in its file name.
+        out: The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
+        in_place: Change ``base`` itself: only what differs is written, the old bytes journaled first. A
+            lossless patch needs a base whose weight files have the headers that those of the result have.
+        sha256: The SHA-256 that the patch's file must have; of several patches, one each, in order.
+        force: Replace ``out`` if it exists. Also write where only fingerprints tell models apart, and they
+            differ.
+        threads, memory, progress: As in `diff`.
 
-    Raises
-    ------
-    UsageError
-        If ``out`` exists or makes no sense, or ``base`` cannot be changed in place.
-    MismatchError
-        If a patch was made from another base. Without ``force``, also if nothing shows that it was not.
-    CorruptFileError
-        If a patch's hashes do not match its content, or its file not ``sha256``, or a file is damaged.
-    MachineError
-        If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
-        ``base`` was interrupted, and this user's commands did not make it: see `heal`.
+    Raises:
+        UsageError: If ``out`` exists or makes no sense, or ``base`` cannot be changed in place.
+        MismatchError: If a patch was made from another base. Without ``force``, also if nothing shows that it
+            was not.
+        CorruptFileError: If a patch's hashes do not match its content, or its file not ``sha256``, or a file
+            is damaged.
+        MachineError: If something cannot be read or written; ``base`` is as it was. Also if an earlier change
+            in place of ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     run = run_keywords("apply", options)
     if in_place:
@@ -105,21 +94,15 @@ def revert(
 ) -> RewriteResult:
     """Undo a patch: write the vectors it replaced back, bit for bit.
 
-    Parameters
-    ----------
-    checkpoint:
-        A checkpoint that is patched, or partly.
-    patch:
-        The patch. If it is not reversible, ``base`` must be given.
-    base:
-        The checkpoint the patch was made from.
-    out, in_place, force, threads, memory, progress:
-        As in `apply`.
+    Args:
+        checkpoint: A checkpoint that is patched, or partly.
+        patch: The patch. If it is not reversible, ``base`` must be given.
+        base: The checkpoint the patch was made from.
+        out, in_place, force, threads, memory, progress: As in `apply`.
 
-    Raises
-    ------
-    UsageError, MismatchError, CorruptFileError, MachineError
-        As `apply`. Also a `UsageError` if the patch lacks the replaced values and ``base`` is not given.
+    Raises:
+        UsageError, MismatchError, CorruptFileError, MachineError: As `apply`. Also a `UsageError` if the
+            patch lacks the replaced values and ``base`` is not given.
     """
     run = run_keywords("revert", options)
     if in_place:
@@ -202,8 +185,7 @@ def _plan(
     if place is None:
         require_writable(checkpoint, [shard for shard, tensors in rows_by_file(checkpoint, rows) if tensors])
     files = FolderFiles() if place is None else folder_files(checkpoint)
-    watch = Stopwatch()
-    with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+    with Stopwatch() as watch, progress("checking", sum(p.value_bytes for p in patches)) as advance:
         replaced = rows if goal == "base" else None
         states = examine(
             checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance

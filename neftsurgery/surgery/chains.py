@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, fingerprint
@@ -71,17 +72,8 @@ def links_from(checkpoint: Checkpoint, patches: Sequence[LosslessPatch]) -> Sequ
     return patches[-1:]
 
 
-def plan_chain(
-    named: Sequence[AnyPatch],
-    *,
-    base: AnyPath | None,
-    reversible: bool | None = None,
-    fast: bool | None = None,
-    weights_only: bool | None = None,
-    out: AnyPath | None = None,
-    force: bool = False,
-) -> LosslessPlan:
-    """Check all that is needed to make one patch of a chain; None: as all of its patches are."""
+def plan_chain(named: Sequence[AnyPatch], base: AnyPath | None, coding: Mapping[str, Any]) -> LosslessPlan:
+    """Check all that is needed to make one patch of a chain; ``coding``, None: as all of its patches are."""
     loaded = opened_patches(named)
     patches = [patch for patch in loaded if isinstance(patch, LosslessPatch)]
     if len(patches) < max(1, len(loaded)):
@@ -96,15 +88,13 @@ def plan_chain(
         )
     checkpoint = Checkpoint.open(base)
     require_end(first, checkpoint, first.base)
+    alike = ("reversible", "fast", "weights_only")
+    same = {name: all(getattr(patch, name) for patch in patches) for name in alike}
     return plan_between(
         replace(ModelFiles.of(checkpoint), origin=lambda: first.base),
         RebuiltWeights.model(checkpoint, patches, "patched"),
         [checkpoint.source.path, *(patch.path for patch in patches if patch.path is not None)],
-        reversible=all(patch.reversible for patch in patches) if reversible is None else reversible,
-        fast=all(patch.fast for patch in patches) if fast is None else fast,
-        weights_only=first.weights_only if weights_only is None else weights_only,
-        out=out,
-        force=force,
+        **(same | {name: value for name, value in coding.items() if value is not None}),
     )
 
 

@@ -78,7 +78,7 @@ class DiffPlan:
             "anatomy": self.pair.anatomy.name,
             "scored_tensors": len(self.pair.anatomy.scored),
             "common_tensors": len(self.pair.jobs),
-            "neurons": self.pair.neurons,
+            "neurons": self.pair.anatomy.neurons,
             "units": self.pair.anatomy.unit_count,
             "selected": 0,
             "bytes_to_read": self.pair.nbytes,
@@ -95,9 +95,7 @@ class DiffPlan:
         base, _, jobs = self.pair.compared
         kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
         code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
-        watch = Stopwatch()
-        before = self.pair.bytes_read
-        with watch.running():
+        with Stopwatch(*(() if limits.executor else (self.pair.base, self.pair.tuned))) as watch:
             facts = self._facts()
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
@@ -115,7 +113,7 @@ class DiffPlan:
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
             scores = Scores.read(written.reader())
-        watch.bytes_read = self.pair.nbytes if limits.executor else self.pair.bytes_read - before
+        watch.bytes_read += self.pair.nbytes if limits.executor else 0
         scores.timing = watch.timing
         return scores
 
@@ -154,53 +152,35 @@ def diff(
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
 
-    Parameters
-    ----------
-    base, tuned:
-        Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned`` may be the
-        folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32. None: for scores of
-        the base alone.
-    out:
-        Where to write the scores file. None: the scores live in a temporary file until saved.
-    force:
-        Replace ``out`` if it exists.
-    sums:
-        False: leave out the sums that scores derive from, seven eighths of the file. ``captured``, budgets of
-        all that changed and most of a report need them.
-    strip_prefix, add_prefix:
-        What is removed from the front of ``tuned``'s tensor names, and put there: ``strip_prefix="module."``.
-        With both, it is put where the other was; without ``strip_prefix``, before names that ``base`` lacks.
-    anatomy:
-        What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
-    axis:
-        Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
-    include, exclude, only:
-        Patterns of tensors to score in addition, to leave out, and of the only ones to score.
-    score:
-        ``cosine`` (default), ``l2``, ``relative``, ``changed``; of the base alone ``magnitude``, ``lowrank``,
-        ``norm`` or ``random``.
-    rank:
-        For the score ``lowrank``; by default 32.
-    seed:
-        For the score ``random``; by default 0.
-    threads:
-        That read and score; by default two per core. The result does not depend on it.
-    memory:
-        Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
-    executor:
-        A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same paths or
-        URLs: they read and compute instead of threads. The result does not depend on it.
-    progress:
-        Told of the bytes done.
+    Args:
+        base, tuned: Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned``
+            may be the folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32. None:
+            for scores of the base alone.
+        out: Where to write the scores file. None: the scores live in a temporary file until saved.
+        force: Replace ``out`` if it exists.
+        sums: Whether to write the sums that scores derive from, seven eighths of the file. ``captured``,
+            budgets of all that changed and most of a report need them.
+        strip_prefix, add_prefix: What is removed from the front of ``tuned``'s tensor names, and put there:
+            ``strip_prefix="module."``. With both, it is put where the other was; without ``strip_prefix``,
+            before names that ``base`` lacks.
+        anatomy: What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
+        axis: Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
+        include, exclude, only: Patterns of tensors to score in addition, to leave out, and of the only ones
+            to score.
+        score: ``cosine`` (default), ``l2``, ``relative``, ``changed``; of the base alone ``magnitude``,
+            ``lowrank``, ``norm`` or ``random``.
+        rank: For the score ``lowrank``; by default 32.
+        seed: For the score ``random``; by default 0.
+        threads: That read and score; by default two per core. The result does not depend on it.
+        memory: Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
+        executor: A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same
+            paths or URLs: they read and compute instead of threads. The result does not depend on it.
+        progress: Told of the bytes done.
 
-    Raises
-    ------
-    UsageError
-        For a path, name or option that makes no sense, or an ``out`` that exists.
-    MismatchError
-        If the checkpoints have nothing in common that can be scored.
-    CorruptFileError, MachineError
-        If a file is damaged; if something cannot be read or written.
+    Raises:
+        UsageError: For a path, name or option that makes no sense, or an ``out`` that exists.
+        MismatchError: If the checkpoints have nothing in common that can be scored.
+        CorruptFileError, MachineError: If a file is damaged; if something cannot be read or written.
     """
     run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)
@@ -351,10 +331,7 @@ class _Sink:
         numbers = {"base_sq": sums.aa, "dot": sums.ad, **_changes(sums)}
         counts = [tensor.layout.count for tensor in tensors]
         edges = np.cumsum([0, *counts])
-        counted = np.ones(edges[-1], np.bool_)
-        for start, stop, tensor in zip(edges, edges[1:], tensors, strict=False):
-            if tensor.part is not None:
-                counted[start:stop] = tensor.part.mask()
+        counted = np.concatenate([tensor.counted() for tensor in tensors])
         self.nonfinite += int(np.count_nonzero(~sums.finite & counted))
         if tensors[0].units is None:
             numbers["score"] = self._scores(tensors, sums)

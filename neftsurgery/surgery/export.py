@@ -139,8 +139,8 @@ class ExportPlan:
             return sum(tensor.count * tensor.vector_bytes for tensor in touched)
 
         total = sum(map(nbytes, self.modules))
-        watch, inexact = Stopwatch(), 0
-        with watch.running(), staged_directory(self.out, force=self.force) as folder:
+        inexact = 0
+        with Stopwatch() as watch, staged_directory(self.out, force=self.force) as folder:
             self.patch.check(limits=limits)
             with written_file(self.entries, _METADATA, folder / WEIGHTS_NAME) as written:
 

@@ -21,10 +21,10 @@ from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import (
-    ChoosingOptions,
     CutOptions,
     ExtractOptions,
     LosslessOptions,
+    OutputOptions,
     PrefixOptions,
     RunAnywhereOptions,
     Scope,
@@ -142,18 +142,20 @@ class ExtractPlan:
             return new, old, digests(old)
 
         workers = limits.workers(block_memory((part.layout for part in chosen), limits.block))
-        watch, before = Stopwatch(), sum(side.bytes_read for side in sides)
         with (
-            watch.running(),
+            Stopwatch(*sides) as watch,
             self.new.written(self.out, force=self.force) as writer,
             progress("cutting out", 2 * chosen.nbytes) as advance,
         ):
             writer.write_blocks(rows, workers, limits.block, lambda done: advance(2 * done))
             for side in sides:
                 side.check_unchanged()
-        watch.bytes_read = sum(side.bytes_read for side in sides) - before
         writer.patch.timing = self.timing + watch.timing
         return writer.patch
+
+
+class AnyExtractOptions(ExtractOptions, RunAnywhereOptions):
+    """The keywords of `extract` of either kind."""
 
 
 @overload
@@ -174,8 +176,6 @@ def extract(
     *,
     scores: Scores | None = None,
     reversible: bool = False,
-    out: AnyPath | None = None,
-    force: bool = False,
     **options: Unpack[CutOptions],
 ) -> Patch: ...
 
@@ -187,64 +187,36 @@ def extract(
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
-    lossless: bool = False,
-    fast: bool = False,
-    weights_only: bool = False,
     reversible: bool = False,
-    out: AnyPath | None = None,
-    force: bool = False,
-    **options: Unpack[CutOptions],
+    **options: Unpack[AnyExtractOptions],
 ) -> Patch | LosslessPatch:
     """Cut the chosen neurons of a tuned checkpoint out as a patch on its base.
 
-    Parameters
-    ----------
-    base, tuned:
-        Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the base, and
-        counts as merged into it. With ``lossless`` also mappings of names to tensors, of numpy or torch.
-    selection:
-        The neurons to cut out. None: choose them by ``scores`` and a budget.
-    scores:
-        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``, ``axis``,
-        ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
-    lossless:
-        Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
-        that belong to a model. Nothing is chosen then.
-    fast, weights_only:
-        For ``lossless``: forms that are decoded about as fast as memory is copied; no files beside the
-        weights.
-    reversible:
-        Keep the replaced values in the patch, so that it can be reverted without the base.
-    out:
-        Where to write the patch. None: it lives in a temporary file until saved.
-    neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
-        The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    strip_prefix, add_prefix, force, threads, memory, executor, progress:
-        As in `diff`. An executor's processes score; this one cuts out.
+    Args:
+        base, tuned: Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the
+            base, and counts as merged into it. With ``lossless`` also mappings of names to tensors, of numpy
+            or torch.
+        selection: The neurons to cut out. None: choose them by ``scores`` and a budget.
+        scores: Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``,
+            ``axis``, ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
+        lossless: Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the
+            weights that belong to a model. Nothing is chosen then.
+        fast, weights_only: For ``lossless``: forms that are decoded about as fast as memory is copied; no
+            files beside the weights.
+        reversible: Keep the replaced values in the patch, so that it can be reverted without the base.
+        out: Where to write the patch. None: it lives in a temporary file until saved.
+        neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias: The budget,
+            as in `Scores.select`: ``neurons="3%"`` and so on.
+        strip_prefix, add_prefix, force, threads, memory, executor, progress: As in `diff`. An executor's
+            processes score; this one cuts out.
 
-    Raises
-    ------
-    UsageError, CorruptFileError, MachineError
-        As `diff`.
-    MismatchError
-        If the checkpoints do not fit each other or the selection.
+    Raises:
+        UsageError, CorruptFileError, MachineError: As `diff`.
+        MismatchError: If the checkpoints do not fit each other or the selection.
     """
-    run, choosing = split("extract", options, RunAnywhereOptions, ChoosingOptions)
+    run, kept = split("extract", options, RunAnywhereOptions, ExtractOptions)
     machine = running(run)
-    plan = plan_extract(
-        base,
-        tuned,
-        selection,
-        scores=scores,
-        lossless=lossless,
-        fast=fast,
-        weights_only=weights_only,
-        reversible=reversible,
-        out=out,
-        force=force,
-        **machine,
-        **choosing,
-    )
+    plan = plan_extract(base, tuned, selection, scores=scores, reversible=reversible, **machine, **kept)
     warn(log, plan.warnings)
     return plan.run(**machine)
 
@@ -257,20 +229,18 @@ def plan_extract(
     scores: Scores | AnyPath | None = None,
     reversible: bool = False,
     inputs: Sequence[AnyPath] = (),
-    out: AnyPath | None = None,
-    force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
     **options: Unpack[ExtractOptions],
 ) -> ExtractPlan | LosslessPlan:
     """Choose the neurons, scoring first if need be; ``inputs``: files that ``out`` must not replace."""
-    groups = (LosslessOptions, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions)
-    coding, prefix, scope, scoring, budget = split("extract", options, *groups)
+    groups = (LosslessOptions, OutputOptions, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions)
+    coding, output, prefix, scope, scoring, budget = split("extract", options, *groups)
     by = {name: one for name, one in (("scores", scores), ("selection", selection)) if one is not None}
     if coding.pop("lossless", False):
         others = (*by, *prefix, *scope, *scoring, *budget)
         _refuse("lossless", others, "a lossless patch keeps every neuron")
-        return plan_lossless(base, tuned, reversible=reversible, out=out, force=force, **coding)
+        return plan_lossless(base, tuned, reversible=reversible, **output, **coding)
     for name in (name for name, wanted in coding.items() if wanted):
         raise UsageError(f"[[{name}]] is for [[lossless]] patches only")
     if isinstance(base, Mapping) or isinstance(tuned, Mapping):
@@ -289,7 +259,8 @@ def plan_extract(
     selection = Selection.load(selection) if isinstance(selection, str | os.PathLike) else selection
     first, second = open_sides(base, tuned, Prefixes.of(**prefix))
     inputs = [first.source.path, second.source.path, *files, *inputs]
-    place = refuse_output(out, inputs=inputs, force=force, kind="file")
+    force = output.get("force", False)
+    place = refuse_output(output.get("out"), inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
         comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed, rank=rank)
@@ -299,8 +270,7 @@ def plan_extract(
     else:
         joined = join(first, second)
         warnings += [*joined.notes, *file_notes(first), *file_notes(second)]
-    watch = Stopwatch()
-    with watch.running():
+    with Stopwatch() as watch:
         if given is None and scores is not None:
             origin, result = scores.base, scores.tuned
         else:

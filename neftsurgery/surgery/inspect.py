@@ -15,6 +15,7 @@ from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
+from ..neurons.anatomy import read_anatomy
 from ..neurons.layout import described
 from ..neurons.submodels import part_config, stated_type
 from ..options import InspectOptions, Scope, split
@@ -30,7 +31,6 @@ from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
 from .inspect_anatomy import anatomy_facts, anatomy_tables
-from .pairing import scoped_anatomy, scored_count
 from .summary import summarize
 
 _SHOWN = 40
@@ -71,27 +71,20 @@ def inspect(
 ) -> Inspection:
     """Tell what a file or folder holds.
 
-    Parameters
-    ----------
-    named:
-        A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
-        patches. A Hub repository that holds a patch is that patch.
-    anatomy, axis, include, exclude, only:
-        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`; ``all``: ``kinds`` of weights in
-        place of ``tensors``, and the ``anatomies`` that are offered.
+    Args:
+        named: A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or
+            several patches. A Hub repository that holds a patch is that patch.
+        anatomy, axis, include, exclude, only: For a checkpoint: what counts as a neuron, as in
+            `neftsurgery.diff`; ``all``: ``kinds`` of weights in place of ``tensors``, and the ``anatomies``
+            that are offered.
 
-    Returns
-    -------
-    Inspection
-        A dict of plain values that prints itself; see `Inspection.kind`. ``tensors`` lists the tensors; for
-        several patches, ``overlaps`` says what each two of them have in common.
+    Returns:
+        Inspection: A dict of plain values that prints itself; see `Inspection.kind`. ``tensors`` lists the
+            tensors; for several patches, ``overlaps`` says what each two of them have in common.
 
-    Raises
-    ------
-    UsageError
-        If there is nothing of that name, or several things are named that are not all patches.
-    CorruptFileError
-        If it is damaged.
+    Raises:
+        UsageError: If there is nothing of that name, or several things are named that are not all patches.
+        CorruptFileError: If it is damaged.
     """
     (given,) = split("inspect", options, InspectOptions)
     if not isinstance(named, (str, os.PathLike)):
@@ -128,14 +121,13 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     config, shown = checkpoint.config, dequantized(checkpoint)
     if scope.anatomy == "all":
         return anatomy_facts(shown, scope)
-    anatomy = scoped_anatomy(scope, shown.tensors, config)
+    anatomy = read_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
-    tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
+    tensors = [_tensor(t.info, t.axes, t.neurons) | {"kind": t.kind} for t in anatomy.scored]
     quantized = {tensor["name"]: shown.quantized.get(tensor["name"]) for tensor in tensors}
     for tensor in tensors:
         if (weight := quantized[tensor["name"]]) is not None:
             tensor |= {"dtype": weight.layout, "stored_as": weight.describe()}
-    neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
     copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
@@ -156,7 +148,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "unfinished": [str(journal_path(one)) for one in find_journals(checkpoint.source)],
         **aside,
         "anatomy": anatomy.name,
-        "neurons": neurons,
+        "neurons": anatomy.neurons,
         "units": anatomy.unit_count,
         "tied": {names[0]: names[1:] for names in ties.values()},
         "not_read": not_compared(checkpoint),

@@ -1,31 +1,100 @@
-"""What was understood of a checkpoint: its parts, its kinds of weight, and which anatomies it offers."""
+"""What was understood of a checkpoint: its parts, its kinds of weight, and which anatomies it offers.
+
+Tensors whose names differ only in numbers are of one kind.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
-from ..neurons.anatomy import ANATOMIES, Anatomy
-from ..neurons.kinds import WeightKind, weight_kinds
-from ..neurons.submodels import Submodel, Submodels, stated_type
+from ..neurons.anatomy import ANATOMIES, Anatomy, read_anatomy
+from ..neurons.submodels import Submodel, Submodels, split_part, stated_type
+from ..neurons.tensor_names import COLUMNS, layer_and_kind, name_pattern, read_name
 from ..options import Scope
+from ..tensors.header import TensorInfo
 from ..text import commas, label, natural_key, plural, some
-from .pairing import scoped_anatomy, scored_count
+
+
+@dataclass
+class WeightKind:
+    """Tensors that are read alike."""
+
+    name: str  # whole, with ``*`` for numbers
+    part: str  # the model type that the config of their part states; empty if it states none
+    role: str  # such as ``up`` or ``embedding``; ``weight`` for one in no block
+    axes: tuple[int, ...] | None  # of `rows`; None if they are left out
+    reason: str  # why they are left out
+    tied: str  # what else holds something of each unit, and so ties it to its place
+    by_columns: bool  # whether units take columns of it
+    tensors: int = 0
+    layers: set[str] = field(default_factory=set)
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        facts = {
+            "name": self.name,
+            "tensors": self.tensors,
+            "layers": len(self.layers - {""}),
+            "shapes": sorted(map(list, self.shapes)),
+            "part": self.part,
+        }
+        if self.axes is None:
+            return facts | {"reason": self.reason}
+        read = {"role": self.role, "by_columns": self.by_columns, "tied_by": self.tied.split()}
+        return facts | {"neuron_axes": list(self.axes), **read}
+
+
+def weight_kinds(rows: Anatomy, config: Mapping[str, Any] | None) -> list[WeightKind]:
+    """The kinds of all tensors of two axes or more, as the anatomy ``rows`` has them, in its order."""
+    submodels = Submodels.of(config)
+    found: dict[tuple[object, ...], WeightKind] = {}
+    entries: list[tuple[TensorInfo, tuple[int, ...] | None, str]] = [
+        *((tensor.info, tensor.axes, "") for tensor in rows.scored),
+        *((entry.info, None, entry.reason) for entry in rows.listed),
+    ]
+    for info, axes, reason in entries:
+        if len(info.shape) < 2:
+            continue
+        folder, rest = split_part(info.name)
+        parts = [*([folder] if folder else []), *rest.split(".")]
+        pattern = name_pattern(parts)
+        key = (pattern, len(info.shape), axes, reason)
+        if key not in found:
+            reading = read_name(pattern, len(info.shape), submodels.of_name(pattern))
+            role, block = reading.role, reading.role.block if reading.role else None
+            member = role.member if role and block else ""
+            expert = "expert " if block and ("E" in block.order or "experts" in pattern) else ""
+            found[key] = WeightKind(
+                ".".join(pattern).replace("/.", "/", 1),
+                reading.submodel.model_type,
+                reason if reason else f"{expert}{member}" if member else "weight",
+                axes,
+                reason,
+                block.tied if block else "",
+                member in COLUMNS,
+            )
+        kind = found[key]
+        kind.tensors += 1
+        kind.shapes.add(info.shape)
+        kind.layers.add(layer_and_kind(info.name)[0])
+    return list(found.values())
 
 
 def anatomy_facts(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     """Plain values: ``parts``, ``anatomies`` with counts or the reason, and ``kinds``."""
-    rows = scoped_anatomy(replace(scope, anatomy="rows"), checkpoint.tensors, checkpoint.config)
+    rows = read_anatomy(replace(scope, anatomy="rows"), checkpoint.tensors, checkpoint.config)
     kinds = weight_kinds(rows, checkpoint.config)
     warnings = dict.fromkeys(rows.warnings)
     anatomies = {"rows": _counts(rows)}
     for name in ANATOMIES[1:]:
         try:
-            found = scoped_anatomy(replace(scope, anatomy=name), checkpoint.tensors, checkpoint.config)
+            found = read_anatomy(replace(scope, anatomy=name), checkpoint.tensors, checkpoint.config)
         except MismatchError as error:
             anatomies[name] = {"why_not": error.what}
             continue
@@ -39,15 +108,14 @@ def anatomy_facts(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "model_type": stated_type(checkpoint.config) or None,
         "parts": _parts(Submodels.of(checkpoint.config), kinds),
         "anatomies": anatomies,
-        "kinds": [_kind(kind) for kind in sorted(kinds, key=lambda kind: natural_key(kind.name))],
+        "kinds": [kind.describe() for kind in sorted(kinds, key=lambda kind: natural_key(kind.name))],
         "warnings": list(warnings),
     }
 
 
 def _counts(anatomy: Anatomy) -> dict[str, Any]:
-    neurons = sum(scored_count(tensor) for tensor in anatomy.scored)
     units = {"units": anatomy.unit_count} if anatomy.unit_count else {}
-    return {"tensors": len(anatomy.scored), "neurons": neurons, **units}
+    return {"tensors": len(anatomy.scored), "neurons": anatomy.neurons, **units}
 
 
 def _parts(submodels: Submodels, kinds: list[WeightKind]) -> list[dict[str, Any]]:
@@ -67,24 +135,6 @@ def _named(submodels: Submodels) -> Iterator[tuple[str, Submodel]]:
     for name, tower in submodels.towers.items():
         yield name, tower.main
         yield from _named(tower)
-
-
-def _kind(kind: WeightKind) -> dict[str, Any]:
-    facts = {
-        "name": kind.name,
-        "tensors": kind.tensors,
-        "layers": len(kind.layers - {""}),
-        "shapes": sorted(map(list, kind.shapes)),
-        "part": kind.part,
-    }
-    if kind.axes is None:
-        return facts | {"reason": kind.reason}
-    return facts | {
-        "neuron_axes": list(kind.axes),
-        "role": kind.role,
-        "by_columns": kind.by_columns,
-        "tied_by": kind.tied.split(),
-    }
 
 
 def anatomy_tables(facts: Mapping[str, Any]) -> list[list[list[str]]]:

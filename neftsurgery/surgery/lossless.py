@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from ..coding.elements import BLOCK, Carrier
 from ..coding.fitting import fit, fit_memory
 from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
-from ..options import RunOptions
+from ..options import OutputOptions, RunOptions
 from ..patch.delta import (
     ARRAYS,
     DeltaBlock,
@@ -56,14 +56,12 @@ _BLOCK_MEMORY = 48 << 20
 _Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the same of the target
 
 
-class CodingOptions(TypedDict, total=False):
+class CodingOptions(OutputOptions, total=False):
     """What a lossless patch is to hold, and where it is written: keywords of `extract`."""
 
     reversible: bool
     fast: bool
     weights_only: bool
-    out: AnyPath | None
-    force: bool
 
 
 class CodingAndRun(CodingOptions, RunOptions):
@@ -105,8 +103,7 @@ class LosslessPlan:
         if limits.executor is not None:
             hint = "one process codes a lossless patch: leave it out"
             raise UsageError("[[executor]] does not go with [[lossless]]", hint=hint)
-        watch = Stopwatch()
-        with watch.running():
+        with Stopwatch() as watch:
             ways = [_Way("forward", self.base, self.tuned, self.fast, limits)]
             if self.reversible:
                 ways.append(_Way("backward", self.tuned, self.base, self.fast, limits))

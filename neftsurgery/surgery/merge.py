@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import boundary
 from ..neurons.vectors import block_memory
-from ..options import ChainOptions, RunOptions, split
+from ..options import ChainOptions, OutputOptions, RunOptions, split
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.merging import ARITHMETIC, Part, magnitudes, merge_rows
 from ..patch.overlap import Meeting
@@ -30,7 +30,7 @@ from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
 from .lossless import CodingAndRun, LosslessPlan
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
-from .verb import base_rows, named_base, other_base, run_keywords, warn
+from .verb import base_rows, named_base, other_base, running, warn
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ class MergePlan:
         reads_base = self.base is not None or self.new.reversible or self.rule.needs_base
         memory = block_memory((one.layout for one in chosen), limits.block)
         workers = limits.workers((len(self.patches) + 2) * memory // 3)
-        watch = Stopwatch()
-        with watch.running(), self.new.written(self.out, force=self.force) as writer:
+        with Stopwatch() as watch, self.new.written(self.out, force=self.force) as writer:
             least = _thresholds(self, limits.block) if self.rule.name == "ties" else None
 
             def rows(block: RowBlock) -> tuple[RawBytes, RawBytes | None, RawBytes]:
@@ -113,6 +112,29 @@ class MergePlan:
         return writer.patch
 
 
+class OverlapOptions(TypedDict, total=False):
+    """What is done with neurons that several patches replace."""
+
+    on_overlap: str
+    weights: Sequence[float] | None
+    density: float | None
+
+
+class _KeptOptions(OutputOptions, total=False):
+    """What a merged patch of either kind holds, and where it is written."""
+
+    base: AnyPath | None
+    reversible: bool | None
+
+
+class MergeAndRun(OverlapOptions, _KeptOptions, RunOptions):
+    """The keywords of `merge` for patches of one base."""
+
+
+class AnyMergeOptions(MergeAndRun, ChainOptions):
+    """The keywords of `merge` of either kind."""
+
+
 @overload
 def merge(
     patches: Sequence[AnyPatch],
@@ -124,128 +146,65 @@ def merge(
 
 
 @overload
-def merge(
-    patches: Sequence[AnyPatch],
-    *,
-    on_overlap: str = "error",
-    weights: Sequence[float] | None = None,
-    density: float | None = None,
-    base: AnyPath | None = None,
-    reversible: bool | None = None,
-    out: AnyPath | None = None,
-    force: bool = False,
-    **options: Unpack[RunOptions],
-) -> Patch: ...
+def merge(patches: Sequence[AnyPatch], **options: Unpack[MergeAndRun]) -> Patch: ...
 
 
 @boundary
-def merge(
-    patches: Sequence[AnyPatch],
-    *,
-    chain: bool = False,
-    fast: bool | None = None,
-    weights_only: bool | None = None,
-    on_overlap: str = "error",
-    weights: Sequence[float] | None = None,
-    density: float | None = None,
-    base: AnyPath | None = None,
-    reversible: bool | None = None,
-    out: AnyPath | None = None,
-    force: bool = False,
-    **options: Unpack[RunOptions],
-) -> Patch | LosslessPatch:
+def merge(patches: Sequence[AnyPatch], **options: Unpack[AnyMergeOptions]) -> Patch | LosslessPatch:
     """Make one patch of several patches of one base, or of lossless patches that follow each other.
 
     Neurons that one patch alone replaces are taken as they are; ``on_overlap`` says what becomes of
     those that several replace. The mean of the patches of clients that trained the same neurons is
     federated averaging.
 
-    Parameters
-    ----------
-    patches:
-        Patches or paths. Each is checked against its own hashes.
-    chain:
-        The patches are lossless, and each was made from what the one before it makes; a folder stands for
-        its patches. The result leads from the first base, which must be given, to the last checkpoint.
-    fast, weights_only:
-        Of the patch of a chain, as in `extract`; by default if every patch is so.
-    on_overlap:
-        ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
-        differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
-        `neftsurgery.patch.merging`. Computed in float64 and rounded once, to the tensor's own dtype.
-    weights:
-        One a patch, for ``mean``, ``sum`` and ``ties``. ``sum`` scales every difference of a patch by
-        its weight, also of neurons that it alone replaces.
-    density:
-        For ``ties``: the share of each patch's differences, over all neurons it shares with others, that
-        is kept. By default 0.2, as in the paper.
-    base:
-        The checkpoint that the patches were made from. ``sum`` and ``ties`` need it where the patches do
-        not hold the replaced values themselves. Every replaced vector is compared with its digest.
-    reversible:
-        Keep the replaced values; by default if every patch has them.
-    out, force, threads, memory, progress:
-        As in `extract`.
+    Args:
+        patches: Patches or paths. Each is checked against its own hashes.
+        chain: The patches are lossless, and each was made from what the one before it makes; a folder stands
+            for its patches. The result leads from the first base, which must be given, to the last
+            checkpoint.
+        fast, weights_only: Of the patch of a chain, as in `extract`; by default if every patch is so.
+        on_overlap: ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
+            differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
+            `neftsurgery.patch.merging`. Computed in float64 and rounded once, to the tensor's own dtype.
+        weights: One a patch, for ``mean``, ``sum`` and ``ties``. ``sum`` scales every difference of a patch
+            by its weight, also of neurons that it alone replaces.
+        density: For ``ties``: the share of each patch's differences, over all neurons it shares with others,
+            that is kept. By default 0.2, as in the paper.
+        base: The checkpoint that the patches were made from. ``sum`` and ``ties`` need it where the patches
+            do not hold the replaced values themselves. Every replaced vector is compared with its digest.
+        reversible: Keep the replaced values; by default if every patch has them.
+        out, force, threads, memory, progress: As in `extract`.
 
-    Raises
-    ------
-    UsageError
-        For options that make no sense or do not go together, or an ``out`` that exists; if replaced
-        values are needed and nobody has them.
-    MismatchError
-        If the patches were made from different bases, cut a tensor along different axes, or overlap
-        under ``error``; if ``base`` is not theirs.
-    CorruptFileError, MachineError
-        If a patch's hashes do not match its content; if something cannot be read or written.
+    Raises:
+        UsageError: For options that make no sense or do not go together, or an ``out`` that exists; if
+            replaced values are needed and nobody has them.
+        MismatchError: If the patches were made from different bases, cut a tensor along different axes, or
+            overlap under ``error``; if ``base`` is not theirs.
+        CorruptFileError, MachineError: If a patch's hashes do not match its content; if something cannot be
+            read or written.
     """
-    run = run_keywords("merge", options)
-    plan = plan_merge(
-        patches,
-        on_overlap=on_overlap,
-        weights=weights,
-        density=density,
-        base=base,
-        reversible=reversible,
-        out=out,
-        force=force,
-        progress=run["progress"],
-        chain=chain,
-        fast=fast,
-        weights_only=weights_only,
-    )
+    plan = plan_merge(patches, **options)
     warn(log, plan.warnings)
-    return plan.run(**run)
+    return plan.run(**running(options))
 
 
-def plan_merge(
-    named: Sequence[AnyPatch],
-    *,
-    on_overlap: str = "error",
-    weights: Sequence[float] | None = None,
-    density: float | None = None,
-    base: AnyPath | None = None,
-    reversible: bool | None = None,
-    out: AnyPath | None = None,
-    force: bool = False,
-    progress: Progress = silent,
-    **options: Unpack[ChainOptions],
-) -> MergePlan | LosslessPlan:
+def plan_merge(named: Sequence[AnyPatch], **options: Unpack[AnyMergeOptions]) -> MergePlan | LosslessPlan:
     """Check everything that `merge` needs; nothing is written."""
-    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
-    (coding,) = split("merge", options, ChainOptions)
+    groups = (ChainOptions, OverlapOptions, _KeptOptions, RunOptions)
+    coding, overlap, kept, run = split("merge", options, *groups)
     refuse_other_options(chain := coding.pop("chain", False), overlap, coding)
+    base, force, reversible = kept.pop("base", None), kept.get("force", False), kept.get("reversible")
     if chain:
-        return plan_chain(named, base=base, reversible=reversible, out=out, force=force, **coding)
-    rule = OverlapRule.of(on_overlap, weights, density, len(named))
+        return plan_chain(named, base, kept | coding)
+    rule = OverlapRule.of(len(named), **overlap)
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
-    place = refuse_output(out, inputs=inputs, force=force, kind="file")
-    watch = Stopwatch()
-    watch.bytes_read = sum(patch.value_bytes for patch in patches)
+    place = refuse_output(kept.get("out"), inputs=inputs, force=force, kind="file")
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
-    with watch.running():
+    with Stopwatch() as watch:
+        watch.bytes_read = sum(patch.value_bytes for patch in patches)
         found, new, warnings = plan_union(patches, rule, original, keep)
-        check_patches(patches, progress)
+        check_patches(patches, running(run)["progress"])
         warnings += other_base(original, new.manifest.base, "the patches")
     return MergePlan(patches, rule, original, found, new, place, force, warnings, watch.timing)
 

@@ -45,29 +45,33 @@ class OverlapRule:
 
     @classmethod
     def of(
-        cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int
+        cls,
+        patches: int,
+        on_overlap: str = "error",
+        weights: Sequence[float] | None = None,
+        density: float | None = None,
     ) -> OverlapRule:
         """Check the options for so many patches; raises a `UsageError`."""
         if not patches:
             raise UsageError("there is no patch to merge")
-        if name not in POLICIES:
+        if on_overlap not in POLICIES:
             raise UsageError(
-                f"there is no rule {name!r} for neurons that several patches replace",
+                f"there is no rule {on_overlap!r} for neurons that several patches replace",
                 hint=f"known ones: {', '.join(POLICIES)}",
             )
-        if weights is not None and name not in ARITHMETIC:
-            raise UsageError(f"weights do not go with {name}", hint="they are for mean, sum and ties")
-        if density is not None and name != "ties":
-            raise UsageError(f"a density does not go with {name}", hint="it is for ties")
+        if weights is not None and on_overlap not in ARITHMETIC:
+            raise UsageError(f"weights do not go with {on_overlap}", hint="they are for mean, sum and ties")
+        if density is not None and on_overlap != "ties":
+            raise UsageError(f"a density does not go with {on_overlap}", hint="it is for ties")
         if density is not None and not 0 < density <= 1:
             raise UsageError("the density must be above 0 and at most 1", found=density)
         given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * patches
         if len(given) != patches:
             raise UsageError("expected one weight per patch", expected=patches, found=len(given))
-        if not all(math.isfinite(weight) and (weight > 0 or name == "sum") for weight in given):
-            what = "finite numbers" if name == "sum" else "finite and above 0"
+        if not all(math.isfinite(weight) and (weight > 0 or on_overlap == "sum") for weight in given):
+            what = "finite numbers" if on_overlap == "sum" else "finite and above 0"
             raise UsageError(f"weights must be {what}", found=", ".join(f"{weight:g}" for weight in given))
-        return cls(name, given, DENSITY if density is None else density)
+        return cls(on_overlap, given, DENSITY if density is None else density)
 
     @property
     def needs_base(self) -> bool:
@@ -311,11 +315,9 @@ def _require_whole(patch: Patch, group: RowGroup, role: str, rows: Int64Array) -
     if not len(rows):
         return
     name = group.members[role]
-    codes = patch.tensors[group.codes].layout
-    every = np.arange(codes.count, dtype=np.int64)
-    needed = group.needed(role, every, codes, patch.tensors[name].layout.count)
+    codes, count = patch.tensors[group.codes].layout, patch.tensors[name].layout.count
     mine = np.intersect1d(rows, patch.index(name), assume_unique=True)
-    if not np.isin(every[np.isin(needed, mine)], patch.index(group.codes), assume_unique=True).all():
+    if not group.is_whole(role, mine, patch.index(group.codes), codes, count):
         raise MismatchError(
             f"{patch.name} keeps {role} that another patch changes, and not all rows that share them",
             tensor=name,

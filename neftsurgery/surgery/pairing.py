@@ -18,15 +18,14 @@ from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor, why_unlike
 from ..checkpoint.ties import Joined, join
 from ..errors import MismatchError, UsageError
-from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
+from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Engine, TensorResult, stream
 from ..scoring.partial_sums import CUT_SIZES, Job
-from ..storage.executors import Seen
 from ..storage.output_checks import AnyPath
-from ..storage.threads import Limits
+from ..storage.threads import Limits, Seen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from ..text import natural_key, plural
@@ -140,16 +139,6 @@ class Pair:
         return Job(replace(info, dtype=codes[0].weight.code_type), job.layout, codes)
 
     @cached_property
-    def neurons(self) -> int:
-        """How many neurons are scored."""
-        return sum(map(scored_count, self.anatomy.scored))
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights read so far, of both."""
-        return self.base.bytes_read + self.tuned.bytes_read
-
-    @cached_property
     def nbytes(self) -> int:
         """Bytes that comparing them reads."""
         sides = (self.base, self.tuned)
@@ -202,7 +191,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
     named = _under_one_name(scope, common, joined.copies)
     _refuse_unequal(named, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
-    anatomy = scoped_anatomy(named, common, base.config)
+    anatomy = read_anatomy(named, common, base.config)
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, tuned, anatomy)
     return Pair(base, joined, anatomy, differing, scope)
@@ -223,14 +212,6 @@ def _shown(job: Job, info: TensorInfo, straight: Collection[str]) -> Job:
     return Job(info, None if job.layout is None else Layout.of(info.shape, axes))
 
 
-def scoped_anatomy(
-    scope: Scope, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
-) -> Anatomy:
-    """The neurons of a checkpoint's tensors that are looked at."""
-    patterns = {"include": scope.include, "exclude": scope.exclude, "only": scope.only}
-    return read_anatomy(scope.anatomy, tensors, config, axis=scope.axis, **patterns)
-
-
 def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, str]) -> Scope:
     """The scope, in which patterns that match a copy of a tied tensor name the tensor that is compared."""
 
@@ -243,11 +224,6 @@ def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, s
         return scope
     include, exclude, only = map(renamed, (scope.include, scope.exclude, scope.only))
     return replace(scope, include=include, exclude=exclude, only=only)
-
-
-def scored_count(tensor: NeuronTensor) -> int:
-    """How many neurons of a tensor are scored."""
-    return tensor.layout.count if tensor.part is None else tensor.part.count
 
 
 def _refuse_other_names(

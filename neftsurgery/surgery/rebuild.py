@@ -95,13 +95,11 @@ class RebuildPlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
         """Write the checkpoint; every block is checked before and after."""
         limits = limits or Limits.of()
-        watch, before = Stopwatch(), self.checkpoint.bytes_read
-        with watch.running():
+        with Stopwatch(self.checkpoint) as watch:
             if self.out is not None:
                 self._write(self.out, limits, progress)
             elif self.needed:
                 self._write_in_place(limits, progress)
-        watch.bytes_read = self.checkpoint.bytes_read - before
         return RewriteResult(
             self.out or self.named.source.path,
             self.goal,
@@ -199,8 +197,7 @@ def plan_rebuild(
             hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
             "that hold the way back",
         )
-    watch = Stopwatch()
-    with watch.running():
+    with Stopwatch() as watch:
         here = checkpoint = Checkpoint.open(named)
         inputs = [here.source.path, *(patch.path for patch in patches if patch.path is not None)]
         if goal == "patched":

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import journaled, locked, touched_shards
 from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
+from ..options import OutputOptions
 from ..patch.overlap import RowSource
 from ..patch.patch_file import digests
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -30,18 +30,15 @@ from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import AnyPath, require_space
 from ..storage.threads import Limits, in_order
-from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
 from .verify import PatchState
 
 
-class WriteOptions(TypedDict, total=False):
+class WriteOptions(OutputOptions, total=False):
     """The keywords of `plan_apply` and `plan_revert` that say where and how a checkpoint is written."""
 
-    out: AnyPath | None
     in_place: bool
-    force: bool
     limits: Limits | None
     progress: Progress
 
@@ -138,14 +135,12 @@ class RewritePlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
         """Write the vectors, into a copy or in place."""
         limits = limits or Limits.of()
-        watch = Stopwatch()
-        before = self.checkpoint.bytes_read
-        with watch.running():
+        with Stopwatch(self.checkpoint) as watch:
             if self.out is not None:
                 _write_copy(self, self.out, limits, progress)
             elif self.needed:
                 _write_in_place(self, limits, progress)
-        read = self.checkpoint.bytes_read - before + sum(r.patch.value_bytes for r in self.rows)
+        watch.bytes_read += sum(rows.patch.value_bytes for rows in self.rows)
         return RewriteResult(
             self.checkpoint.source.path if self.out is None else self.out,
             self.goal,
@@ -153,7 +148,7 @@ class RewritePlan:
             self.neurons,
             self.tensors,
             self.files.left,
-            self.timing + watch.timing + Timing(read),
+            self.timing + watch.timing,
         )
 
 
@@ -270,13 +265,13 @@ def _write_rows(
 
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint, block = plan.checkpoint, limits.block
-    changes = [
-        Change(
-            info, rows.patch.tensors[name].layout, rows.patch.index(name), _digests(rows, name, block), block
-        )
-        for rows in plan.rows
-        for name, info in rows.targets(checkpoint)
-    ]
+    changes = []
+    for rows in plan.rows:
+        for name, info in rows.targets(checkpoint):
+            tensor, index = rows.patch.tensors[name], rows.patch.index(name)
+            found = [digests(rows.read(name, start, stop)) for start, stop in tensor.blocks(block)]
+            new = np.concatenate([np.empty((0, 16), np.uint8), *found])
+            changes.append(Change(info, tensor.layout, index, new, block))
     layouts = [change.layout for change in changes]
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     with (
@@ -321,9 +316,3 @@ def changed_in_place(
         with suppress(NeftError, OSError):
             heal_recorded(checkpoint.source)
         raise
-
-
-def _digests(rows: RowSource, name: str, block: int | None) -> RawBytes:
-    tensor = rows.patch.tensors[name]
-    found = [digests(rows.read(name, start, stop)) for start, stop in tensor.blocks(block)]
-    return np.concatenate(found) if found else np.empty((0, 16), np.uint8)

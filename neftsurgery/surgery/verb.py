@@ -114,14 +114,12 @@ def same_bases(
 ) -> list[bool | None]:
     """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
 
-    The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
-    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only; and its
-    files may have held tied tensors in another form. ``undone`` are the vectors that patches replaced, as far
-    as they are known, those of the last patch first.
+    Patches may follow each other or be made from one base, and be ``applied`` already: a patch's base may be
+    the checkpoint as it is, or without them, or with the earlier ones only, and tied tensors in another form.
+    ``undone`` are the vectors that patches replaced, where they are known, those of the last patch first.
     """
     known = {rows.patch for rows in undone}
     hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
-
     plain = fingerprint(checkpoint)
     clear = all(patch.base.fingerprint in (None, plain) for patch in patches)
     forms, tied = ([], {}) if clear else tied_forms(checkpoint)

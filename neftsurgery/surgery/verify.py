@@ -28,9 +28,8 @@ from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock
-from ..storage.executors import Dispatch, Seen
 from ..storage.output_checks import AnyPath
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Dispatch, Limits, Seen, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
@@ -51,10 +50,10 @@ class TensorState:
 
     def add(self, is_base: bool | NDArray[np.bool_], is_patched: bool | NDArray[np.bool_]) -> None:
         """Count some more, of which it is known whether they are as in the base, and as patched."""
-        states = np.atleast_1d(is_base) + 2 * np.atleast_1d(is_patched)
-        neither, base, patched, both = np.bincount(states, minlength=4).tolist()
-        self.base, self.patched = self.base + base, self.patched + patched
-        self.both, self.neither = self.both + both, self.neither + neither
+        both = int(np.count_nonzero(is_base & is_patched))
+        base, patched = int(np.count_nonzero(is_base)) - both, int(np.count_nonzero(is_patched)) - both
+        self.base, self.patched, self.both = self.base + base, self.patched + patched, self.both + both
+        self.neither += np.size(is_base) - base - patched - both
 
     @property
     def state(self) -> State:
@@ -72,7 +71,6 @@ def examine_blocks(
     """The state of every tensor, by its blocks; a `CorruptFileError` if the patch makes another of one."""
     delta = patch.forward
     states = {name: TensorState() for name in delta.tensors}
-
     look, dispatch = partial(_look, checkpoint, patch), _dispatch(checkpoint, patch, limits)
     workers, size = limits.workers(BLOCK_MEMORY), attrgetter("nbytes")
     for block, found in in_order(look, delta.blocks, workers, nbytes=size, dispatch=dispatch):
@@ -167,14 +165,13 @@ def examine(
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 
-    Each patch is compared with the state that those before it leave. A vector counts as patched if it is
-    already what this patch, or this one and some that follow, make of it. ``replaced``: the vectors that the
-    patches replaced, where others have them than the patches. Raises as `verify`.
+    Each is compared with the state that those before it leave; a vector counts as patched if it is what this
+    patch, or this one and some that follow, make of it. ``replaced``: the vectors that the patches replaced,
+    where others have them than the patches. Raises as `verify`.
     """
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
     workers = limits.workers(block_memory(layouts, limits.block))
-
     dispatch = _dispatch(checkpoint, patches[0], limits)
     compare = partial(_compare, checkpoint, patches, states, limits.block)
     blocks = ((n, block) for n, patch in enumerate(patches) for block in patch.blocks(limits.block))
@@ -186,7 +183,8 @@ def examine(
                 for digest, part in zip(hashes, (before, after), strict=True):
                     digest.update(part)
                 state.tensors[name].add((now == before).all(axis=1), (now == after).all(axis=1))
-                state.applied, state.numbers = state.applied or more.applied, state.numbers | more.numbers
+                state.applied = state.applied or more.applied
+                state.numbers |= set() if state.tells_models_apart else more.numbers
                 advance(block.nbytes)
             patches[number].check_hashes(name, *hashes)
     if replaced is None:
@@ -248,7 +246,7 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
     elements = vectors.view(dtype.carrier).reshape(-1)
     for start in range(0, len(elements), _ELEMENTS):
         if len(numbers) < TELLING:
-            numbers.update(np.unique(elements[start : start + _ELEMENTS]).tolist())
+            numbers.update([*set(elements[start : start + _ELEMENTS].tolist())][:TELLING])
 
 
 @dataclass(frozen=True, repr=False)
@@ -292,9 +290,9 @@ class VerifyPlan:
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
         """Compare every vector that the patch touches, or every block of a lossless one."""
-        limits, checkpoint, patch, watch = limits or Limits.of(), self.checkpoint, self.patch, Stopwatch()
+        limits, checkpoint, patch = limits or Limits.of(), self.checkpoint, self.patch
         nbytes = patch.forward.block_bytes if isinstance(patch, LosslessPatch) else patch.value_bytes
-        with watch.running(), progress("checking", nbytes) as advance:
+        with Stopwatch() as watch, progress("checking", nbytes) as advance:
             if isinstance(patch, LosslessPatch):
                 tensors = examine_blocks(checkpoint, patch, limits=limits, advance=advance)
                 state = PatchState(tensors).state
@@ -321,19 +319,13 @@ def verify(
 
     A lossless patch is decoded, too: if the checkpoint is its base, `apply` will succeed.
 
-    Parameters
-    ----------
-    checkpoint, patch:
-        A checkpoint, and a patch or its path.
-    threads, memory, executor, progress:
-        As in `diff`.
+    Args:
+        checkpoint, patch: A checkpoint, and a patch or its path.
+        threads, memory, executor, progress: As in `diff`.
 
-    Raises
-    ------
-    MismatchError
-        If a tensor is missing, or of another shape or dtype.
-    CorruptFileError
-        If the patch does not match its own hashes, or a file is damaged.
+    Raises:
+        MismatchError: If a tensor is missing, or of another shape or dtype.
+        CorruptFileError: If the patch does not match its own hashes, or a file is damaged.
     """
     plan = plan_verify(checkpoint, patch)
     warn(log, plan.warnings)

@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from ..errors import MachineError, NeftError, UsageError, boundary, naming
 from ..progress import Timing
+from ..storage.copying import FileCopy
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
-from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
+from ..storage.positioned import OpenFile, changed_file
 from ..text import tilde_hint
 from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
-
-_COPY_BYTES = 8 << 20
 
 
 class TensorReader(Protocol):
@@ -50,8 +49,8 @@ class RowReader(TensorReader, Protocol):
 class WeightReader(RowReader, Protocol):
     """All that scoring sees of a model. Thread-safe."""
 
-    def window(self, name: str, start: int, size: int) -> RawBytes | None:
-        """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
+    def window(self, name: str, start: int, room: RawBytes, mapped: bool) -> RawBytes | None:
+        """Bytes of ``name`` to fill ``room``: fetched into it, or, if ``mapped``, mapped; else None."""
 
     def address(self, name: str) -> int:
         """Where tensor ``name`` lies, as one number for all files; -1 if it is computed.
@@ -121,6 +120,11 @@ class OnDisk:
         copy = os.dup(self._open.fileno())
         os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
         return os.fdopen(copy, "rb")
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
+        with naming(self.path), self.stream() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def close(self) -> None:
         """Close the file; a nameless temporary one is deleted by that."""
@@ -198,15 +202,6 @@ class TensorFile(OnDisk):
             self.read_into(name, start * row, raw.data.cast("B"))
         return raw
 
-    def copy_to(self, target: int) -> None:
-        """Copy the whole file to the descriptor ``target``."""
-        fd, size = self._open.fileno(), self.nbytes
-        buffer = memoryview(bytearray(min(size, _COPY_BYTES)))
-        for start in range(0, size, _COPY_BYTES):
-            part = buffer[: min(_COPY_BYTES, size - start)]
-            read_exactly(fd, part, start, self.path)
-            write_exactly(target, part, start)
-
 
 class FileBacked(OnDisk):
     """A value whose content stays in its file, which it takes over open; saved by copying that file."""
@@ -227,10 +222,5 @@ class FileBacked(OnDisk):
         refuse_output(path, inputs=[], force=force, kind="file")
         with staged_file(path, force=force) as staged:
             require_space(Path(path).absolute().parent, self.nbytes)
-            self._file.copy_to(staged.fd)
+            FileCopy(self._open, staged.fd, self._open.status()).run()
             self.check_unchanged()
-
-    def sha256(self) -> str:
-        """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
-        with naming(self.path), self.stream() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()

@@ -44,6 +44,7 @@ class Examples:
     train: Sequence[Example]
     dev_sets: Mapping[str, Sequence[Example]]
     warnings: tuple[str, ...] = ()  # sentences for the user
+    against: Sequence[Example] = ()  # what a probe compares those to learn with
 
     @property
     def dev(self) -> list[Example]:
@@ -80,6 +81,8 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     kinds = ("preference",) if recipe.train.method == "dpo" else ("prompt", "messages", "text")
     read = partial(read_raw_examples, subset=data.subset, template=template, kinds=kinds)
     sets = {name: encoder.encode(read(name, data.split, limit=data.limit)) for name in data.names}
+    others = recipe.probe.against
+    against = [] if others is None else encoder.encode(read(others, data.split, limit=data.limit))
     dev = {name: encoder.encode(read(name, data.eval_split)) for name in data.eval_names}
     if not dev:
         halves = {name: _held_back(one, data.eval_share, seed) for name, one in sets.items()}
@@ -102,7 +105,8 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     stems = [Path(name).stem for name in dev]
     if len(set(stems)) == len(stems):
         dev = dict(zip(stems, dev.values(), strict=True))
-    return Examples(list(_packed(train, data.max_length)) if data.packing else train, dev, tuple(warnings))
+    train = list(_packed(train, data.max_length)) if data.packing else train
+    return Examples(train, dev, tuple(warnings), against)
 
 
 def _held_back(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -178,11 +182,8 @@ class Encoder:
                 else:
                     self.dropped += 1
         if not examples:
-            raise UsageError(
-                "no example has a token to learn",
-                file=raw_examples[0].file,
-                hint="data.max_length may be too small",
-            )
+            what, hint = "no example has a token to learn", "data.max_length may be too small"
+            raise UsageError(what, file=raw_examples[0].file, hint=hint)
         return examples
 
     def _ids(self, text: str) -> list[int]:
@@ -206,11 +207,8 @@ class Encoder:
 
     def _chat(self, raw: RawExample) -> tuple[list[int], list[bool]]:
         if not self._tokenizer.chat_template:
-            raise UsageError(
-                "messages need a chat template, and the tokenizer has none",
-                file=raw.file,
-                hint="write prompt and completion instead",
-            )
+            what = "messages need a chat template, and the tokenizer has none"
+            raise UsageError(what, file=raw.file, hint="write prompt and completion instead")
         messages = raw.content["messages"]
         if self._learns_masks:
             return self._masked(raw)
@@ -221,11 +219,9 @@ class Encoder:
                 before = self._template(raw, messages[:number], add_generation_prompt=True)
                 after = self._template(raw, messages[: number + 1])
                 if _common_prefix(after, ids) < len(after) - 1:
-                    raise MismatchError(
-                        f"line {raw.line}: the chat template rewrites earlier answers",
-                        file=raw.file,
-                        hint="set data.loss_on: all, or write one answer per example",
-                    )
+                    what = f"line {raw.line}: the chat template rewrites earlier answers"
+                    hint = "set data.loss_on: all, or write one answer per example"
+                    raise MismatchError(what, file=raw.file, hint=hint)
                 start, stop = _common_prefix(before, ids), min(len(after), len(ids))
                 learned[start:stop] = [True] * (stop - start)
         return ids, learned
@@ -244,11 +240,9 @@ class Encoder:
             raw.content["messages"], tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         if not any(encoded["assistant_masks"]):
-            raise UsageError(
-                "the chat template marks no answer, and data.loss_on is assistant_masks",
-                file=raw.file,
-                hint="give the template {% generation %} blocks, or set data.loss_on: completions",
-            )
+            what = "the chat template marks no answer, and data.loss_on is assistant_masks"
+            hint = "give the template {% generation %} blocks, or set data.loss_on: completions"
+            raise UsageError(what, file=raw.file, hint=hint)
         return list(encoded["input_ids"]), [bool(one) for one in encoded["assistant_masks"]]
 
     def _template(self, raw: RawExample, messages: Sequence[Any], **options: Any) -> list[int]:
@@ -260,9 +254,8 @@ class Encoder:
             options["tools"] = raw.content.get("tools") or None
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
-            raise raw.error(
-                f"the chat template does not accept these messages: {first_line(error)}"
-            ) from error
+            what = f"the chat template does not accept these messages: {first_line(error)}"
+            raise raw.error(what) from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -315,8 +308,6 @@ def require_separate(model: Any, packed: Sequence[Example]) -> None:
             together = torch.zeros_like(alone)
     apart = float((together - alone).float().norm() / alone.float().norm())
     if apart > max(1e-3, 4 * torch.finfo(alone.dtype).eps):
-        raise UsageError(
-            "this model reads packed examples as one text",
-            found=f"answers that differ by {apart:.1%}",
-            hint="set data.packing: false, or another train.attn_implementation",
-        )
+        what, found = "this model reads packed examples as one text", f"answers that differ by {apart:.1%}"
+        hint = "set data.packing: false, or another train.attn_implementation"
+        raise UsageError(what, found=found, hint=hint)

@@ -1,13 +1,4 @@
-"""The probes of the live model, which score neurons on training examples: by gradients, or a short fine-tune.
-
-`docs/scores.md` defines ``gradient``, ``fisher`` and ``gradient_over_weight``, with their sources. For the
-first, let ``s`` be the mean over batches of the gradient's signs. A step of size ``h`` from ``w`` to
-``w - h s`` is, to second order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the
-component of ``s`` orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte per
-element, the others take one number per neuron.
-
-None needs a second model or an optimizer; all free the gradient of a weight once it is counted.
-"""
+"""The probes of the live model, which score neurons on examples: by `probe_sums`, or by a short fine-tune."""
 
 from __future__ import annotations
 
@@ -15,10 +6,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +25,7 @@ from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError
 from ..live.placement import LivePlace, live_places
 from ..neurons.anatomy import Anatomy
-from ..neurons.layout import Layout, described
+from ..neurons.layout import described
 from ..scoring.scored_tensors import arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..storage.threads import Limits
@@ -45,138 +35,16 @@ from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
 from ..tensors.writer import written_file
 from .examples import Example, collator
+from .probe_sums import KINDS, add_batches, finished
 from .trainer import RunCallback, Watcher
 
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
 
 
-_LARGEST = float(np.finfo(np.float32).max)
 #: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.
 STEPS = 100
 _SCORES = {"gradients": "gradient"}  # of probes that are not called as their scores
-
-
-class _Signs:
-    """The sum over batches of the signs of one weight's gradient."""
-
-    def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self._weight, self._layout = weight.detach(), layout
-        self.total = torch.zeros_like(weight, dtype=torch.int8)
-        self.count = 0
-
-    def add(self, gradient: Tensor) -> None:
-        if self.total.dtype == torch.int8 and self.count >= torch.iinfo(torch.int8).max:
-            self.total = self.total.to(torch.int32)
-        self.total += torch.sign(gradient).to(torch.int8)
-        self.count += 1
-
-    def sums(self, batches: int) -> Float64Array:
-        """Per neuron ``w.w``, ``s.s`` and ``w.s``, ``[3, n]``."""
-        w, s = self._weight.float(), self.total.float() / batches
-        sums = [_total(values, self._layout) for values in (w * w, s * s, w * s)]
-        return torch.stack(sums).cpu().double().numpy()
-
-    @staticmethod
-    def scores(sums: Float64Array) -> Float64Array:
-        """How far each neuron turns, ``[n]``. A zero vector that moves gets the largest score."""
-        ww, ss, ws = sums
-        with np.errstate(divide="ignore", invalid="ignore"):
-            turns = np.maximum(ss - ws * ws / ww, 0.0) / (2 * ww)
-        return np.where(ww > 0, np.minimum(turns, _LARGEST), np.where(ss > 0, _LARGEST, 0.0))
-
-
-class _Squares:
-    """The sum over batches of one weight's squared gradient, per neuron."""
-
-    def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self._weight, self._layout = weight.detach(), layout
-        self.total = torch.zeros(layout.count, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, gradient: Tensor) -> None:
-        norms = _total(gradient.float().square(), self._layout)
-        self.total += norms.cpu().double()
-
-    def sums(self, batches: int) -> Float64Array:
-        """Per neuron, ``[1, n]``."""
-        return self.total.numpy().reshape(1, -1)
-
-    @staticmethod
-    def scores(sums: Float64Array) -> Float64Array:
-        """The sums, ``[n]``."""
-        squares: Float64Array = np.minimum(sums[0], _LARGEST)
-        return squares
-
-
-class _Ratios(_Squares):
-    """As `_Squares`, with the square of each neuron's vector."""
-
-    def sums(self, batches: int) -> Float64Array:
-        """Per neuron, ``[2, n]``."""
-        squares = _total(self._weight.float().square(), self._layout)
-        return np.stack([self.total.numpy(), squares.cpu().double().numpy()])
-
-    @staticmethod
-    def scores(sums: Float64Array) -> Float64Array:
-        """The root of the ratio, ``[n]``; 0 without a gradient."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios: Float64Array = np.minimum(np.sqrt(sums[0] / sums[1]), _LARGEST)
-        return np.nan_to_num(ratios)
-
-
-_Kind = type[_Signs] | type[_Squares]
-_SUMS: dict[str, _Kind] = {"gradient": _Signs, "fisher": _Squares, "gradient_over_weight": _Ratios}
-
-
-def _total(values: Tensor, layout: Layout) -> Tensor:
-    """The sum over each neuron's elements, ``[n]``."""
-    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-    return (values.sum(others) if others else values).reshape(-1)
-
-
-def _accumulate(
-    model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
-) -> Generator[float]:
-    """Add the gradients of each batch to the sums, by parameter; yields its loss."""
-    model.eval()  # without dropout, equal batches give equal scores
-    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
-    with _gradients_of(model, parameters.values()):
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_add, sums[name]))
-            for name, parameter in parameters.items()
-        ]
-        try:
-            for batch in batches:
-                loss = model(**batch).loss
-                if not torch.isfinite(loss.detach()):
-                    raise MismatchError("the loss of the base model is not a number", found=loss.item())
-                loss.backward()
-                yield loss.item()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _add(sums: _Signs | _Squares, parameter: Tensor) -> None:
-    assert parameter.grad is not None  # the hook runs after accumulation
-    sums.add(parameter.grad)
-    parameter.grad = None
-
-
-@contextmanager
-def _gradients_of(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the context, exactly these parameters require gradients."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(parameter) for parameter in chosen}
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
 
 
 def gradient_scores(
@@ -187,24 +55,28 @@ def gradient_scores(
     out: str | os.PathLike[str] | None = None,
     *,
     score: str = "gradient",
+    against: Iterable[Mapping[str, Tensor]] = (),
+    adjust: Callable[[dict[str, Float64Array]], object] = lambda scores: None,
     told: Callable[[int, float], bool] = lambda done, loss: False,
     saved: Path | None = None,
 ) -> Scores | None:
     """Score the neurons of ``anatomy`` of ``base``, whose live model is given, into a scores file.
 
-    A batch holds the model's keyword arguments, ``labels`` included, on its device. ``told`` gets the number
-    of batches done and the last loss. If it returns True, the probe stops, to go on from ``saved`` the next
-    time, and the result is None.
+    A batch holds the model's keyword arguments, ``labels`` included, on its device; ``against``: batches of
+    the other texts, for score ``activation``. ``adjust`` may change the scores before they are written.
+    ``told`` gets the number of batches done and the last loss. If it returns True, the probe stops, to go on
+    from ``saved`` the next time, and the result is None.
     """
     places = live_places(model, {tensor.info.name: tensor.layout for tensor in anatomy.scored})
-    kind = _SUMS[score]
+    weights = dict(model.named_parameters(remove_duplicate=False))
     layouts = {place.parameter: place.layout for found in places.values() for place in found}
     for name, found in places.items():
         if any(place.layout != layouts[place.parameter] for place in found):
             raise MismatchError("another tensor has neurons along another axis of its weight", tensor=name)
-    running = {name: kind(model.get_parameter(name), layout) for name, layout in layouts.items()}
+    running = {name: KINDS[score](weights[name], layout) for name, layout in layouts.items()}
     count = _load_sums(running, saved)
-    with closing(_accumulate(model, running, islice(batches, count, None))) as losses:
+    numbered = chain(zip(repeat(0), batches), zip(repeat(1), against))
+    with closing(add_batches(model, running, islice(numbered, count, None))) as losses:
         for loss in losses:
             count += 1
             if told(count, loss):
@@ -212,12 +84,13 @@ def gradient_scores(
                 return None
     live = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
     sums = {name: _of_file(found, live) for name, found in places.items()}
-    units = _sum_units(anatomy, sums)
-    values = {name: kind.scores(each) for name, each in sums.items()}
+    units = sum_units(anatomy, sums)
+    values = {name: finished(score, each) for name, each in sums.items()}
+    adjust(values)
     return write_scores(score, values, base, anatomy, units, out)
 
 
-def _load_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None) -> int:
+def _load_sums(sums: Mapping[str, Any], file: Path | None) -> int:
     """Load the sums of a probe that was stopped; returns of how many batches."""
     if file is None or not file.exists():
         return 0
@@ -228,7 +101,7 @@ def _load_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None) -> int:
     return count
 
 
-def _save_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None, count: int) -> None:
+def _save_sums(sums: Mapping[str, Any], file: Path | None, count: int) -> None:
     assert file is not None  # a probe that can be stopped has one
     totals = {name: one.total for name, one in sums.items()}
     save_file(totals, file.with_suffix(".part"), metadata={"batches": str(count)})
@@ -244,7 +117,7 @@ def _of_file(places: Sequence[LivePlace], live: Mapping[str, Float64Array]) -> F
     return found
 
 
-def _sum_units(anatomy: Anatomy, sums: dict[str, Float64Array]) -> dict[str, NDArray[np.int64]]:
+def sum_units(anatomy: Anatomy, sums: dict[str, Float64Array]) -> dict[str, NDArray[np.int64]]:
     """Replace the sums of each neuron by those of its unit; returns the unit of every neuron, per tensor.
 
     A unit's vector is the concatenation of its neurons' vectors, so its sums are the totals of theirs.
@@ -276,8 +149,7 @@ def write_scores(
     ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
     for tensor in anatomy.scored:
-        if tensor.part is not None:
-            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        values[tensor.info.name][~tensor.counted()] = np.nan
         if tensor.units is not None:
             values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
@@ -322,40 +194,44 @@ def probe(
             watcher.note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
             return _finetune_scores(plan, steps, limits, watcher)
         assert plan.choice.anatomy is not None  # planned for a probe
-        batches = _batches(plan, steps)
-        watcher.note(f"scoring neurons by their gradients on {len(batches)} batches")
+        batches, others = drawn(plan, plan.examples.train, steps), drawn(plan, plan.examples.against, steps)
+        every, what = [*batches, *others], "activations" if others else "gradients"
+        watcher.note(f"scoring neurons by their {what} on {len(every)} batches")
         model.to(device)
-        with watcher.progress("probe", len(batches)) as advance:
+        with watcher.progress("probe", len(every)) as advance:
             shown, start, tokens = 0, time.perf_counter(), 0
 
             def told(done: int, loss: float) -> bool:
                 nonlocal shown, tokens
                 advance(done - shown)
-                shown, tokens = done, tokens + sum(len(one["input_ids"]) for one in batches[done - 1])
+                shown, tokens = done, tokens + sum(len(one["input_ids"]) for one in every[done - 1])
                 if done % (recipe.train.logging_steps or 1) == 0:
                     speed = tokens / (time.perf_counter() - start)
                     text = f"loss {loss:.4f}, {speed:,.0f} tokens/s"
-                    watcher.report(f"probe, batch {done} of {len(batches)}", text)
-                return watcher.stop() and done < len(batches)
+                    watcher.report(f"probe, batch {done} of {len(every)}", text)
+                return watcher.stop() and done < len(every)
 
-            collate = collator(plan.tokenizer)
             return gradient_scores(
-                model, plan.base, plan.choice.anatomy,
-                ({name: tensor.to(device) for name, tensor in collate(batch).items()} for batch in batches),
-                directory.scores, score=_SCORES.get(recipe.probe.by, recipe.probe.by),
+                model, plan.base, plan.choice.anatomy, collated(plan, batches, device), directory.scores,
+                against=collated(plan, others, device), score=_SCORES.get(recipe.probe.by, recipe.probe.by),
                 told=told, saved=directory.probed,
             )  # fmt: skip
     finally:
         plan.base.close()
 
 
-def _batches(plan: TrainPlan, count: int) -> list[list[Example]]:
-    """At most ``count`` batches; no example is drawn twice."""
-    size, examples = plan.recipe.train.batch_size, plan.examples.train
-    order = list(range(len(examples)))
-    random.Random(plan.recipe.train.seed).shuffle(order)
+def drawn(plan: TrainPlan, examples: Sequence[Example], count: int, step: int = 0) -> list[list[Example]]:
+    """At most ``count`` batches, by the recipe's seed and ``step``; no example is drawn twice."""
+    size, order = plan.recipe.train.batch_size, list(range(len(examples)))
+    random.Random(plan.recipe.train.seed + step).shuffle(order)
     starts = range(0, min(len(order), count * size), size)
     return [[examples[n] for n in order[start : start + size]] for start in starts]
+
+
+def collated(plan: TrainPlan, batches: Iterable[list[Example]], device: Any) -> Iterator[dict[str, Tensor]]:
+    """The arguments of the model for each batch."""
+    for batch in map(collator(plan.tokenizer), batches):
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watcher) -> Scores | None:

@@ -19,7 +19,7 @@ from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan
 from ..surgery.extract import ExtractPlan, plan_extract
-from ..surgery.pairing import pair, scored_count
+from ..surgery.pairing import pair
 from ..text import natural_key
 from .recipe import PROBES, Recipe, Select
 
@@ -50,18 +50,14 @@ class NeuronChoice:
         if select.like is not None:
             like = Selection.load(select.like).counts
             return sum(like.get(t.info.name, 0) * t.layout.width for t in scored)
-        counts = list(map(scored_count, scored))
-        whole = sum(count * t.layout.width for count, t in zip(counts, scored, strict=True))
+        whole = sum(tensor.neurons * tensor.layout.width for tensor in scored)
         budget = Budget.of(**select.budget)
-        for amount, total, each in (
-            (budget.neurons, whole, whole / max(1, self.anatomy.unit_count or sum(counts))),
-            (budget.params, base.parameters, 1.0),
-        ):
-            if amount is not None and amount.percent is not None:
-                return round(float(amount.percent) / 100 * total)
-            if amount is not None:
-                return round((amount.count or 0) * each)
-        return None
+        each, total = whole / max(1, self.anatomy.unit_count or self.anatomy.neurons), whole
+        if (amount := budget.neurons) is None:
+            amount, each, total = budget.params, 1.0, base.parameters
+        if amount is None:
+            return None
+        return round((amount.count or 0) * each + float(amount.percent or 0) / 100 * total)
 
 
 def budget_of(select: Select) -> dict[str, Any]:
@@ -76,8 +72,8 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
     if by in PROBES:
         anatomy = pair(base, base, select.scope).anatomy
         budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
-        neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
-        return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
+        more = budget.warnings(anatomy.unit_count or anatomy.neurons)
+        return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *more))
     path = recipe.model if by == "weights" else path
     assert path is not None  # check_recipe has made sure
     if by in ("tuned", "weights"):

@@ -87,9 +87,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 if b"\\u" in line:
                     json.dumps(content, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:  # tokenizers take no such text
-                raise CorruptFileError(
-                    f"line {number}: a text holds half of a surrogate pair", file=path
-                ) from error
+                what = f"line {number}: a text holds half of a surrogate pair"
+                raise CorruptFileError(what, file=path) from error
             except ValueError as error:
                 raise CorruptFileError(f"line {number}: {error}", file=path, hint=_ONE_PER_LINE) from error
             yield number, content
@@ -126,11 +125,9 @@ def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int,
     except ValueError as error:  # an unknown split, or several configurations
         raise UsageError(f"the dataset cannot be used: {first_line(error)}", file=named) from error
     except Exception as error:  # errors of the Hub client, and of several libraries under it
-        raise MachineError(
-            f"the dataset cannot be fetched: {type(error).__name__}: {first_line(error)}",
-            file=named,
-            hint="check the spelling and the network, or name a .jsonl file",
-        ) from error
+        what = f"the dataset cannot be fetched: {type(error).__name__}: {first_line(error)}"
+        hint = "check the spelling and the network, or name a .jsonl file"
+        raise MachineError(what, file=named, hint=hint) from error
     yield from enumerate(rows, 1)
 
 
@@ -235,15 +232,12 @@ def _check(key: str, text: str) -> None:
     try:
         fields = [part[1:] for part in _FORMATTER.parse(text) if part[1] is not None]
     except ValueError as error:
-        raise UsageError(
-            f"{key} is not a prompt template: {error}", hint="write {{ for a literal brace"
-        ) from error
+        hint = "write {{ for a literal brace"
+        raise UsageError(f"{key} is not a prompt template: {error}", hint=hint) from error
     for name, spec, conversion in fields:
         if not name or name[0] in "[." or "." in name or spec or conversion:
-            raise UsageError(
-                f"{key} has a field that is not a name: {{{name}}}",
-                hint="a field is {name} or {name[key]}; write {{ for a literal brace",
-            )
+            hint = "a field is {name} or {name[key]}; write {{ for a literal brace"
+            raise UsageError(f"{key} has a field that is not a name: {{{name}}}", hint=hint)
     if not fields:
         raise UsageError(f"{key} has no field", found=repr(text), hint="as in 'Question: {question}'")
 

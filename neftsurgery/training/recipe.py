@@ -18,9 +18,10 @@ from ..options import PrefixOptions, Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 
-PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.like")
+PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "probe.against", "select.like")
 """The keys whose values are paths. All but ``out`` may also be Hub ids."""
-PROBES = ("gradients", "fisher", "gradient_over_weight", "finetune")
+EXAMPLE_PROBES = ("gradients", "fisher", "gradient_over_weight", "activation")
+PROBES = (*EXAMPLE_PROBES, "finetune")
 """The values of ``probe.by`` that need the live model."""
 
 
@@ -74,13 +75,16 @@ class Probe:
     """How to find out which neurons matter."""
 
     by: Literal[
-        "gradients", "fisher", "gradient_over_weight", "finetune", "weights", "tuned", "scores", "selection"
+        "gradients", "fisher", "gradient_over_weight", "activation", "finetune", "weights", "tuned", "scores",
+        "selection",
     ] = key(
         "gradients",
         "How far gradients would turn each neuron, their squares (fisher), or their size over the neuron's "
-        "(gradient_over_weight); the change by a short full fine-tune, which is then deleted (finetune); the "
-        "base alone, by a select.score such as magnitude (weights); or by a file at path.",
-    )
+        "(gradient_over_weight); how its activation differs from other texts' (activation); the change "
+        "by a short full fine-tune, which is then deleted (finetune); the base alone, by a select.score such "
+        "as magnitude (weights); or by a file at path.",
+    )  # fmt: skip
+    against: str | None = key(None, "With activation: the other texts, as examples to train on.")
     path: str | None = key(None, "The fine-tune, scores file or selection file.")
     steps: int | None = key(None, "Batches of gradients, or steps of the fine-tune. Default: 100.", above=0)
     learning_rate: float = key(2e-5, "The learning rate of the fine-tune.", above=0)
@@ -169,12 +173,19 @@ class Train:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a step may cost."""
+    """What a step may cost, and which neurons are trained when."""
 
     backward: float = key(
         1.0, "The most FLOPs of the backward pass, as a share: layers below what it reaches are not trained.",
         above=0, most=1,
     )  # fmt: skip
+    regrow: float = key(
+        0.0,
+        "The share of the neurons to drop each time, the least changed, for others of the largest gradients; "
+        "it falls to 0 with the steps. 0: the same neurons throughout.", least=0, most=1,
+    )  # fmt: skip
+    regrow_every: int = key(20, "Optimizer steps from one time to the next.", above=0)
+    regrow_batches: int = key(4, "Batches of gradients each time.", above=0)
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
-    schedule: Schedule = key(MISSING, "What a step may cost.")
+    schedule: Schedule = key(MISSING, "What a step may cost, and which neurons are trained when.")
     control: Literal["random"] | None = key(
         None, "Also train as many random neurons, for comparison: into OUT/control."
     )

@@ -27,8 +27,9 @@ from ..errors import NeftError, UsageError, boundary, naming, spelled
 from ..options import Scope
 from ..scoring.sums import BASE_SCORES
 from ..selection.budget import Budget
+from . import recipe as recipes
 from .raw_examples import PromptTemplate
-from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
+from .recipe import SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
 
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
@@ -76,11 +77,10 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
     file = None if isinstance(recipe, Mapping) else Path(recipe)
     faults = _Faults(file)
     if file is not None and not file.is_file():
-        raise UsageError(
-            "there is no such recipe", file=file, hint="`neftsurgery train --init` prints one to start from"
-        )
+        hint = "`neftsurgery train --init` prints one to start from"
+        raise UsageError("there is no such recipe", file=file, hint=hint)
     values = _flat(recipe if isinstance(recipe, Mapping) else load_yaml(Path(recipe)), faults)
-    for key in PATH_KEYS if file is not None else ():
+    for key in recipes.PATH_KEYS if file is not None else ():
         if file is not None and isinstance(value := values.get(key), str | list | dict):
             values[key] = rooted(value, file.parent, out=key == "out")
     values |= _flat(overrides or {}, faults)
@@ -94,7 +94,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
     for sections, check in (
         (("data",), partial(_check_data, made.data, made.train, made.control)),
         (("probe",), partial(_check_probe, made.probe)),
-        (("select", "probe", "schedule"), partial(_check_select, made)),
+        (("select", "probe", "schedule", "train"), partial(_check_select, made)),
     ):
         if not faults.sections.intersection(sections):
             with faults.kept(*sections):
@@ -262,6 +262,8 @@ def _check_probe(probe: Probe) -> None:
         raise UsageError(f"probe.path does not go with probe.by {probe.by}")
     if probe.by != "tuned" and (probe.strip_prefix or probe.add_prefix):
         raise UsageError("probe.strip_prefix and probe.add_prefix need probe.by: tuned")
+    if (probe.by == "activation") != (probe.against is not None):
+        raise UsageError("probe.by activation and probe.against, other texts, go together")
     if has_file and probe.steps is not None:
         raise UsageError(f"probe.steps does not go with probe.by {probe.by}")
 
@@ -270,7 +272,7 @@ def _check_select(recipe: Recipe) -> None:
     select, by = recipe.select, recipe.probe.by
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
-        **{probe: {"score", "rank"} for probe in ("gradients", "fisher", "gradient_over_weight")},
+        **{probe: {"score", "rank"} for probe in recipes.EXAMPLE_PROBES},
         "scores": {"score", "rank", *(one.name for one in dataclasses.fields(Scope))},
         "selection": {one.name for one in keys},
     }.get(by, set())
@@ -278,8 +280,14 @@ def _check_select(recipe: Recipe) -> None:
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in settled and getattr(select, one.name) != default:
             raise UsageError(f"select.{one.name} does not go with probe.by {by}")
-    if by in ("scores", "selection") and recipe.schedule.backward < 1:
-        raise UsageError(f"schedule.backward does not go with probe.by {by}: the file has chosen the layers")
+    schedule = recipe.schedule
+    for name, used in (("backward", schedule.backward < 1), ("regrow", schedule.regrow)):
+        if by in ("scores", "selection") and used:
+            raise UsageError(f"schedule.{name} does not go with probe.by {by}: the file has chosen neurons")
+    for key in ("threshold", "changed", "policy", "allocate", "with_bias", "quantization", "skip", "mode"):
+        section, default = ("select", False) if hasattr(select, key) else ("train", "auto")
+        if schedule.regrow and getattr(getattr(recipe, section), key) not in (None, default):
+            raise UsageError(f"schedule.regrow does not go with {section}.{key}")
     if by == "weights" and select.score not in BASE_SCORES:
         hint = f"one of {', '.join(BASE_SCORES)}"
         raise UsageError("probe.by weights needs a select.score of the base alone", hint=hint)

@@ -97,11 +97,9 @@ class RunDirectory:
         if differences and not (self.last_step or self.has_probed):
             return None  # nothing of the other run is worth keeping
         if differences:
-            raise UsageError(
-                f"there is an unfinished run of another recipe: {', '.join(differences[:3])} differ",
-                file=self.path,
-                hint="finish that run, discard it with [[restart=True]], or name another folder: [[out=...]]",
-            )
+            what = f"there is an unfinished run of another recipe: {', '.join(differences[:3])} differ"
+            hint = "finish that run, discard it with [[restart=True]], or name another folder: [[out=...]]"
+            raise UsageError(what, file=self.path, hint=hint)
         return self.last_step
 
     @property

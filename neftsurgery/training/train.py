@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
+RESULTS = ("train_loss", "base_dev_loss", "dev_loss", "control_dev_loss", "best_step")
+_STATE = ("finished", "step", "resumed_from", "pushed")
 
 
 def train(
@@ -42,34 +44,25 @@ def train(
 
     An unfinished run of the same recipe resumes from its last save.
 
-    Parameters
-    ----------
-    recipe:
-        The path of a YAML file, or a mapping with the same content; ``recipes/quickstart.yaml`` explains the
-        keys. Paths in a file start from its folder, paths in a mapping from the current folder.
-    force:
-        Replace an existing ``out``.
-    resume:
-        Require an unfinished run.
-    restart:
-        Discard an unfinished run.
-    threads, memory:
-        As in `neftsurgery.diff`, for scoring files.
-    progress:
-        Receives optimizer steps.
-    **overrides:
-        Values that replace the recipe's, by section: ``out="run"``, ``train={"steps": 100}``, or
-        ``**{"train.steps": 100}`` as ``--set`` spells it.
+    Args:
+        recipe: The path of a YAML file, or a mapping with the same content; ``recipes/quickstart.yaml``
+            explains the keys. Paths in a file start from its folder, paths in a mapping from the current
+            folder.
+        force: Replace an existing ``out``.
+        resume: Require an unfinished run.
+        restart: Discard an unfinished run.
+        threads, memory: As in `neftsurgery.diff`, for scoring files.
+        progress: Receives optimizer steps.
+        **overrides: Values that replace the recipe's, by section: ``out="run"``, ``train={"steps": 100}``, or
+            ``**{"train.steps": 100}`` as ``--set`` spells it.
 
-    Raises
-    ------
-    UsageError
-        For a wrong recipe, missing files, an existing ``out``, or packages that are not installed.
-    MismatchError
-        If files do not fit the model, no neuron is chosen, an example has other fields than expected, or the
-        loss is not a number.
-    CorruptFileError, MachineError
-        For a line of examples that is not JSON; if something cannot be read or written.
+    Raises:
+        UsageError: For a wrong recipe, missing files, an existing ``out``, or packages that are not
+            installed.
+        MismatchError: If files do not fit the model, no neuron is chosen, an example has other fields than
+            expected, or the loss is not a number.
+        CorruptFileError, MachineError: For a line of examples that is not JSON; if something cannot be read
+            or written.
     """
     require_training()
     from .train_plan import plan_train
@@ -91,10 +84,8 @@ def require_training() -> None:
         if find_spec("datasets") is None:
             raise ImportError(name="datasets")
     except ImportError as error:
-        raise UsageError(
-            f"training needs a package that is not installed: {error.name}",
-            hint=install_command("train"),
-        ) from error
+        what = f"training needs a package that is not installed: {error.name or error}"
+        raise UsageError(what, hint=install_command("train")) from error
 
 
 @dataclass(frozen=True)
@@ -151,20 +142,11 @@ class TrainResult:
 
     def describe(self) -> dict[str, object]:
         """For JSON; together with `TrainPlan.describe` it is what ``--json`` prints."""
-        return {
+        return {name: getattr(self, name) for name in (*RESULTS, *_STATE)} | {
             "estimated": False,
             "selected": self.selection.neurons,
             "trainable_parameters": self.selection.parameters,
-            "finished": self.finished,
-            "step": self.step,
-            "resumed_from": self.resumed_from,
-            "train_loss": self.train_loss,
-            "base_dev_loss": self.base_dev_loss,
-            "dev_loss": self.dev_loss,
             "dev_losses": dict(self.dev_losses),
-            "control_dev_loss": self.control_dev_loss,
-            "best_step": self.best_step,
             "out": str(self.out) if self.finished else None,
             "bytes": self.patch_bytes,
-            "pushed": self.pushed,
         }

@@ -48,8 +48,9 @@ from .loss_curve import (
 from .neuron_choice import NeuronChoice, budget_of, choose_from_files, random_control, within_backward
 from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
+from .regrowth import Regrowth
 from .run_directory import RunDirectory, RunIdentity
-from .train import TrainResult
+from .train import RESULTS, TrainResult
 from .trainer import RunCallback, Watcher, is_first_process, make_trainer, processes, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
@@ -186,6 +187,9 @@ class TrainPlan:
                 with watcher.progress("training", self.steps - resumed_from) as advance:
                     callback = RunCallback(watcher, advance, directory.losses if first else None)
                     trainer = make_trainer(self, attached, args, callback)
+                    if self.recipe.schedule.regrow:
+                        trainer.reselects = True
+                        trainer.add_callback(Regrowth(self, attached, watcher))
                     trainer.train(resume_from_checkpoint=None if save is None else str(save))
                 finished = not callback.stopped
                 result = _result(self, trainer.state, resumed_from, finished, attached.selection)
@@ -201,7 +205,8 @@ class TrainPlan:
     def _control(self, selection: Selection) -> TrainPlan:
         """The plan of the random control. Its OUT lies in the run directory."""
         out, quiet = str(self.run_directory.control), replace(self.recipe.train, report_to=[])
-        recipe = replace(self.recipe, control=None, push=None, out=out, train=quiet)
+        fixed = replace(self.recipe.schedule, regrow=0.0)
+        recipe = replace(self.recipe, control=None, push=None, out=out, train=quiet, schedule=fixed)
         choice = NeuronChoice(random_control(self.recipe, self.base, selection))
         return replace(self, recipe=recipe, choice=choice, resumes=None, force=True)
 
@@ -250,6 +255,8 @@ def plan_train(
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
         if choice.selection is None and asked.probe.by == "finetune" and processes() > 1:
             raise UsageError("a probe that fine-tunes runs in one process", hint="set probe.by to gradients")
+        if asked.schedule.regrow and processes() > 1:
+            raise UsageError("schedule.regrow works in one process")
         if asked.train.skip is None:  # refuses what the live model lacks
             live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
@@ -286,7 +293,8 @@ def _require_positions(base: Checkpoint, examples: Examples) -> None:
 
 def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
     data = recipe.data
-    named = [recipe.model, *data.names, *data.eval_names, recipe.probe.path, recipe.select.like]
+    probe = recipe.probe
+    named = [recipe.model, *data.names, *data.eval_names, probe.path, probe.against, recipe.select.like]
     inputs = [base.source.path, *(Path(one) for one in named if one is not None and not is_hub_id(one))]
     refuse_output(recipe.out, inputs=inputs, force=force, kind="directory")
 
@@ -361,12 +369,8 @@ def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dic
         "probe": plan.recipe.probe.by,
         "steps": plan.steps,
         **{key: one for key, one in options.items() if key not in _UNTOLD},
-        "train_loss": result.train_loss,
-        "base_dev_loss": result.base_dev_loss,
-        "dev_loss": result.dev_loss,
-        "control_dev_loss": result.control_dev_loss,
+        **{name: getattr(result, name) for name in RESULTS},
         "dev_losses": result.dev_losses or None,
-        "best_step": result.best_step,
         "curve": [point.to_json() for point in losses_of(result.curve)],
         "seconds": round(seconds, 3),
         "torch": torch.__version__,

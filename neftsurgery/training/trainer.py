@@ -115,9 +115,8 @@ def trainer_arguments(
             tracker()  # tells whether its package is installed
         return args
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"the training arguments do not go together: {error}", hint="see train.more"
-        ) from error
+        what = f"the training arguments do not go together: {error}"
+        raise UsageError(what, hint="see train.more") from error
 
 
 def _dpo_arguments() -> type[TrainingArguments]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +23,17 @@ from ..patch.write import NewPatch
 from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import RawBytes
-from ..text import commas, plural, some
+from ..text import commas, plural
 from .attached_neurons import AttachedNeurons, by_tensor
 from .base_checkpoint import BaseOption, base_provenance, find_base, finite_bytes
+from .checked_patches import CheckedPatches
 from .forwards import keep_gradients
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
+from .processes import refuse_wrapped
 from .reselection import carry_over, check_states
 from .state_dicts import patch_saving
-from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
-
-log = logging.getLogger(__name__)
+from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
 
 
 class Attached:
@@ -64,6 +63,7 @@ class Attached:
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
         self._attached = False
         self._training = Training(model)
+        self._checked = CheckedPatches()
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -97,8 +97,7 @@ class Attached:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable values, float32 ``[k, width]`` per weight: give these to an optimizer."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable values, by their names in ``model.named_parameters()``."""
@@ -119,23 +118,15 @@ class Attached:
     ) -> Patch:
         """The neurons as they are now, as a patch on the base.
 
-        Parameters
-        ----------
-        path:
-            Where to write it. None: to a temporary file, until it is saved.
-        reversible:
-            Keep the replaced values in it.
-        facts:
-            More entries of its manifest, such as ``training``; JSON.
-        force:
-            Replace ``path`` if it exists.
+        Args:
+            path: Where to write it. None: to a temporary file, until it is saved.
+            reversible: Keep the replaced values in it.
+            facts: More entries of its manifest, such as ``training``; JSON.
+            force: Replace ``path`` if it exists.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, the neurons are detached, or they are not trained.
-        MachineError
-            If it cannot be written, or the base's files have changed.
+        Raises:
+            UsageError: If ``path`` exists, the neurons are detached, or they are not trained.
+            MachineError: If it cannot be written, or the base's files have changed.
         """
         self._require_attached()
         if not self.trainable:
@@ -167,8 +158,10 @@ class Attached:
 
     @boundary
     def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
-        """Attach another patch (or its file, or its Hub id) instead. Takes as long as copying its vectors.
+        """Attach another patch (or its file, or its Hub id) instead.
 
+        A `Patch` is read and checked once. While it lives, its values and the base's vectors stay in memory,
+        on the model's device; a switch to it copies (`CheckedPatches`). A path or overlay is read each time.
         Errors are those of `attach`; then the earlier patch stays attached.
         """
         self._require_attached()
@@ -193,13 +186,16 @@ class Attached:
 
     def _replace(self, what: Selection | Patch) -> None:
         """Attach ``what`` instead. If that fails, nothing is changed."""
+        self._checked.forget_changed()
         earlier, plans, skipped, optimizers = self._what, self._plans, self.skipped, self._training.optimizers
         old = {neurons: neurons.rows for neurons in self._training.neurons}
         plans = [replace(plan, values=old.get(plan.neurons, plan.values)) for plan in plans]
         self._remove()
         try:
             self._attach(what)
-            carry_over(old, self._training.neurons, optimizers)
+            order = {id(parameter): n for n, parameter in enumerate(self.model.parameters())}
+            new = sorted(self._training.neurons, key=lambda each: order[id(each.rows)])  # a new optimizer's
+            carry_over(old, new, optimizers)
         except BaseException:
             self._remove()
             self._install(earlier, plans, skipped)
@@ -209,16 +205,17 @@ class Attached:
         self.refresh()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self, *, values: bool = False) -> Iterator[None]:
         """Have the model compute with the base's neurons in this context, to the bit, and then as before.
 
-        So one model is also its own reference. The neurons have no gradient meanwhile.
+        So one model is also its own reference. The neurons have no gradient meanwhile, but the weights may.
+        With ``values``, in mode ``scatter``, the weights keep their values.
         """
         self._require_attached()
         changed = [neurons for neurons in self._neurons if not neurons.disabled]
         try:
             for neurons in changed:
-                neurons.disable()
+                neurons.disable(keep=values)
             yield
         finally:
             for neurons in changed:
@@ -284,15 +281,13 @@ class Attached:
     def _attach(self, what: Selection | Patch) -> None:
         """Plan and install ``what``. If that fails, nothing is attached."""
         try:
-            plans, skipped = plan_weights(
-                self.model, what, base=self._base, mode=self.mode, trainable=self.trainable, skip=self._skip
+            planned = self._checked.find(self.model, what) or plan_weights(
+                self.model, what, self._base, self.mode, self.trainable, self._skip
             )
         finally:
             self._close_base()
-        if skipped:
-            reason = next(iter(skipped.values()))
-            log.warning("left out: %s cannot be attached (the first: %s)", some([*skipped]), reason)
-        self._install(what, plans, skipped)
+        self._checked.keep(what, planned)
+        self._install(what, *planned)
 
     def _install(self, what: Selection | Patch, plans: list[WeightPlan], skipped: dict[str, str]) -> None:
         self._what, self.skipped = what, skipped
@@ -302,6 +297,7 @@ class Attached:
             for plan in plans:
                 self._plans.append(plan)
                 install(plan.neurons, plan.values, plan.layers, plan.uses)
+                self._checked.written(plan.neurons)
                 if plan.neurons.trainable:
                     self._training.add(plan.neurons)
             self._show()
@@ -315,6 +311,7 @@ class Attached:
     def _remove(self) -> None:
         for plan in reversed(self._plans):
             remove(plan.neurons, plan.layers, plan.uses)
+            self._checked.written(plan.neurons)
         self._plans, self._training = [], Training(self.model)
         self._show()
 
@@ -325,7 +322,7 @@ class Attached:
     def _unfreeze(self) -> None:
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
-        self._requires_grad, self._attached = [], False
+        self._requires_grad, self._attached, self._checked = [], False, CheckedPatches()
 
     def _freeze(self) -> None:
         keep_gradients(self.model)
@@ -356,35 +353,26 @@ def attach(
 ) -> Attached:
     """Make the chosen neurons of a live model trainable and freeze the rest; or put a patch's values in.
 
-    Parameters
-    ----------
-    model:
-        A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict stay.
-    what:
-        A selection: its neurons become trainable, starting from the values that the model holds. A patch, its
-        file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values, and are
-        trained only if ``trainable``.
-    base:
-        The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the
-        patch its dtypes and hashes. None: the checkpoint that the model names, if that is on this
-        machine, else the live weights. False: the live weights.
-    mode:
-        ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
-        ``overlay``: the weight is never written; for quantized, sharded and shared weights.
-        ``auto``: scatter where possible.
-    trainable:
-        None: a selection is, a patch is not.
-    skip:
-        ``"unattachable"``: leave out tensors that cannot be attached to this model, with a warning that names
-        them, instead of refusing them all. `Attached.skipped` tells why.
+    Args:
+        model: A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict
+            stay.
+        what: A selection: its neurons become trainable, starting from the values that the model holds. A
+            patch, its file or its Hub id (``org/name``, ``org/name@revision``): the neurons take its values,
+            and are trained only if ``trainable``.
+        base: The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the patch
+            its dtypes and hashes. None: the checkpoint that the model names, if that is on this machine, else
+            the live weights. False: the live weights.
+        mode: ``scatter``: the values are written into the weight; costs hardly more than a frozen model.
+            ``overlay``: the weight is never written; for quantized, sharded and shared weights. ``auto``:
+            scatter where possible.
+        trainable: None: a selection is, a patch is not.
+        skip: By ``"unattachable"``, leave out tensors that cannot be attached to this model, with a warning
+            that names them, instead of refusing them all. `Attached.skipped` tells why.
 
-    Raises
-    ------
-    MismatchError
-        If the selection or patch does not fit the model or its base, or the model's dtype cannot hold
-        the checkpoint's values exactly. Nothing is changed.
-    UsageError
-        If the model, or neurons that are already attached, do not allow it. Nothing is changed.
+    Raises:
+        MismatchError: If the selection or patch does not fit the model or its base, or the model's dtype
+            cannot hold the checkpoint's values exactly. Nothing is changed.
+        UsageError: If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)

@@ -98,6 +98,14 @@ class AttachedNeurons:
         return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     @property
+    def weight_state(self) -> object:
+        """What changes with the live weight, as far as torch tells of changes."""
+        weight = self.module._parameters.get(self.attribute)
+        if weight is None or weight.is_inference():
+            return object()
+        return id(weight), weight._version, weight.dtype, weight.device
+
+    @property
     def rows(self) -> Tensor:
         """The values, ``[k, width]``: a parameter if they are trainable."""
         if self.trainable:
@@ -115,8 +123,6 @@ class AttachedNeurons:
     def install(self, values: Tensor | None) -> None:
         """Install ``values``, ``[k, width]``; None: the vectors that the weight holds."""
         weight = self.weight
-        if is_plain(weight) and (self.trainable or self.mode == "scatter"):
-            self.saved = self._vectors()
         start = self.saved if values is None else values.to(weight.device)
         assert start is not None  # a quantized weight always comes with values
         if self.trainable:
@@ -141,7 +147,7 @@ class AttachedNeurons:
                 self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
-        self.saved = self._values = self._written = self._source = self.by_expert = None
+        self._values = self._written = self._source = self.by_expert = None
         self.active = self.disabled = False
 
     def refresh(self) -> None:
@@ -167,10 +173,10 @@ class AttachedNeurons:
         self._write(rows.detach(), weight)
         self._record_versions()
 
-    def disable(self) -> None:
-        """Put the base's vectors into the weight, and have no forward pass compute with the values."""
+    def disable(self, keep: bool = False) -> None:
+        """Have no forward pass compute with the values, and put the base's vectors into the weight."""
         self.disabled = True
-        if self._written is not None:
+        if self._written is not None and not keep:
             assert self.saved is not None
             self._values = None if self.trainable else self._vectors()
             self._disabled_at = self._written._version

@@ -86,6 +86,8 @@ class WeightNeurons:
     def carried(self) -> Tensor:
         """`values`, through which the trainable neurons get their gradient."""
         neurons = self.trainable
+        if all(each.disabled for each in self.attached):
+            return self.stored  # which may have a gradient
         if neurons is None or not torch.is_grad_enabled():
             return self.values()
         return apply_function(CarriedRows, neurons.rows, neurons.layout, neurons.index, None, self.values)

@@ -23,6 +23,7 @@ from ..live.weights import can_represent, is_shard
 from ..text import some
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .base_checkpoint import float_dtype
+from .processes import check_same_neurons, refuse_engines
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Training:
         self.neurons: list[AttachedNeurons] = []
         self.optimizers: WeakSet[Optimizer] = WeakSet()  # whose steps were seen
         self._reported = False  # whether neurons that something has frozen were named
+        self._compared = False  # whether other processes were asked for theirs
 
     def add(self, neurons: AttachedNeurons) -> None:
         """Have new values written after a step, and checked before one, by any optimizer."""
@@ -62,9 +64,12 @@ class Training:
 
         Values in the dtype of the base are enough ``for_patch``: DeepSpeed keeps wider ones to itself.
         """
-        sharded = any(is_shard(neurons.rows) for neurons in self.neurons)
+        sharded = any(is_shard(neurons.rows) or is_shard(neurons.weight) for neurons in self.neurons)
         model = self._model()
         modules = set() if model is None else set(model.modules())
+        if model is not None and not self._compared and not for_patch:
+            self._compared = True
+            check_same_neurons(model, self.neurons)
         for neurons in self.neurons:
             if neurons.module not in modules:
                 raise UsageError(
@@ -107,6 +112,7 @@ class Training:
 
     def report_frozen(self, computed: AttachedNeurons) -> None:
         """Name the neurons that something has frozen since, at the first pass that trains a model so."""
+        refuse_engines([(computed.name, computed.rows)])
         if not self._reported and not computed.rows.requires_grad:
             self._reported = True
             log.warning(
@@ -145,7 +151,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     _report_untrained(attached)
-    for training in {neurons.training for _, neurons in attached if neurons.training is not None}:
+    trainings = (neurons.training for _, neurons in attached)
+    for training in filter(None, dict.fromkeys(trainings)):  # in the same order in all processes
         training.check()
         training.optimizers.add(optimizer)
 

@@ -25,9 +25,11 @@ from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
 from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
+from ..selection.selection import Selection
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
+from .processes import ENGINES
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -54,16 +56,15 @@ class PatchSaving(_Trainer):
     Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, alone or under DDP, FSDP2, ZeRO 1 or 2.
     Saves hold the patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
 
-    Parameters
-    ----------
-    attached:
-        The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
+    Args:
+        attached: The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
 
-    Raises
-    ------
-    UsageError
-        If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the model.
+    Raises:
+        UsageError: If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the
+            model.
     """
+
+    reselects = False  # whether a save may be of other neurons, by `Attached.select`: then these are trained
 
     def __init__(self, model: Any = None, *args: Any, attached: Attached, **kwargs: Any) -> None:
         if model is not None and model is not attached.model:
@@ -84,7 +85,7 @@ class PatchSaving(_Trainer):
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
         if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
             what = f"{'ZeRO 3' if zero3 else 'FSDP 1'} puts other tensors in the place of the weights"
-            raise UsageError(what, hint="use DDP, FSDP 2, ZeRO 1 or 2; or with ZeRO 3, a NeftConfig")
+            raise UsageError(what, hint=ENGINES)
         if self.args.n_gpu > 1:
             raise UsageError(
                 "this Trainer would copy the model to several GPUs in one process",
@@ -94,10 +95,8 @@ class PatchSaving(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's ``train``. With ``resume_from_checkpoint=True``, from the last complete save.
 
-        Raises
-        ------
-        UsageError
-            If there is no complete save to resume from.
+        Raises:
+            UsageError: If there is no complete save to resume from.
         """
         if resume_from_checkpoint is True:
             found = last_save(self.args.output_dir)
@@ -207,6 +206,8 @@ class PatchSaving(_Trainer):
         """Load the neurons' values of a save."""
         with Patch.load(save / PATCH_NAME) as patch:
             require_same_files("the save belongs to another base", self.attached.base, patch.base, file=save)
+            if self.reselects:
+                self.attached.select(Selection(patch.selection.tensors, self.attached.selection.facts))
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -20,10 +20,13 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import gather
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
+from ..text import some
 from .attached_neurons import AttachedNeurons, AttachedPart, NeuronKind
 from .base_checkpoint import check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
+
+log = logging.getLogger(__name__)
 
 ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
 SkipOption: TypeAlias = Literal["unattachable"] | None
@@ -42,6 +45,10 @@ class WeightPlan:
     uses: tuple[tuple[nn.Module, str], ...] = ()
 
 
+Planned: TypeAlias = tuple[list[WeightPlan], dict[str, str]]
+"""The plans, and why each tensor that is left out cannot be attached."""
+
+
 @dataclass(frozen=True)
 class _ParameterUse:
     """A module that has the parameter: its path in the model, and the attribute."""
@@ -54,16 +61,12 @@ class _ParameterUse:
 def plan_weights(
     model: nn.Module,
     what: Selection | Patch,
-    *,
     base: Checkpoint | None,
     mode: ModeOption,
     trainable: bool,
     skip: SkipOption,
-) -> tuple[list[WeightPlan], dict[str, str]]:
-    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`.
-
-    Also tells why each tensor that ``skip`` leaves out cannot be attached.
-    """
+) -> Planned:
+    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`."""
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
@@ -89,7 +92,10 @@ def plan_weights(
                 raise
         else:
             break
-    return [replace(plan, values=_values(plan.neurons, what, base)) for plan in plans], skipped
+    if skipped:
+        reason = next(iter(skipped.values()))
+        log.warning("left out: %s cannot be attached (the first: %s)", some([*skipped]), reason)
+    return [_with_values(plan, what, base) for plan in plans], skipped
 
 
 class _ShapeError(MismatchError):
@@ -105,7 +111,7 @@ def _plan_all(
     for parameter, (layout, parts) in _parts(model, tensors).items():
         uses = all_uses[id(parameters[parameter])]
         neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
-        _check_overlap(neurons)
+        check_overlap(neurons)
         plans.append(WeightPlan(neurons, None, layers, readers))
     return plans
 
@@ -237,7 +243,8 @@ def _unreadable(use: _ParameterUse, quantized: bool, foreign: bool) -> str | Non
     return None
 
 
-def _check_overlap(neurons: AttachedNeurons) -> None:
+def check_overlap(neurons: AttachedNeurons) -> None:
+    """Raise a `UsageError` if some of the neurons are attached already."""
     for other in neurons_of_weight(neurons.module, neurons.attribute):
         if other.layout.axes == neurons.layout.axes:
             shared = int(torch.isin(other.index, neurons.index).sum())
@@ -253,8 +260,9 @@ def _check_overlap(neurons: AttachedNeurons) -> None:
         )
 
 
-def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint | None) -> Tensor | None:
-    """The values to install, after checking what the weight holds; None: the vectors that it holds."""
+def _with_values(plan: WeightPlan, what: Selection | Patch, base: Checkpoint | None) -> WeightPlan:
+    """The plan with its values, after checking what the weight holds."""
+    neurons = plan.neurons
     weight, plain = neurons.weight.detach(), is_plain(neurons.weight)
     vectors = read_vectors(weight, neurons.layout, neurons.index) if plain else None
     values = [
@@ -264,7 +272,8 @@ def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint 
         for part in neurons.parts
     ]
     found = [value for value in values if value is not None]
-    return torch.cat(found) if found else None
+    neurons.saved = vectors if neurons.trainable or neurons.mode == "scatter" else None
+    return replace(plan, values=torch.cat(found) if found else None)
 
 
 def _part_values(
@@ -300,35 +309,3 @@ def _part_values(
         )
     raw = gather(base, chosen.info, chosen.layout, chosen.index)
     return from_bytes(raw, chosen.info.dtype).float()
-
-
-def refuse_wrapped(model: nn.Module, trainable: bool) -> None:
-    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped, or to train, FSDP too."""
-    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
-    if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise UsageError(
-            f"the model is wrapped in {type(model).__name__}",
-            hint=f"attach to the model itself (model.{inner}), before it is wrapped",
-        )
-    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    wrapper = _reducer_of(model) if trainable and in_group else None
-    if wrapper is not None:
-        raise UsageError(
-            f"the gradients of these neurons would not be reduced: {wrapper} has the model already",
-            hint=f"attach first, then call {wrapper}",
-        )
-
-
-def _reducer_of(model: nn.Module) -> str | None:
-    """What reduces the gradients of the model's parameters, or some of them, and only of those it knows."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    inside = set(model.modules())
-    if any(isinstance(module, FSDPModule) for module in inside):
-        return "fully_shard"
-    gc.collect()  # a module does not know what wraps it
-    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-    for found in gc.get_objects():
-        if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
-            return type(found).__name__
-    return None

@@ -16,6 +16,7 @@ from benchmarks.harness import page_cache, results
 from benchmarks.harness.side_by_side import Contestant, run_side_by_side
 from benchmarks.page.files import render
 from benchmarks.page.lossless import render_lossless
+from benchmarks.page.quantized import render_quantized
 from benchmarks.page.training import render_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,5 +108,7 @@ def test_the_pages_in_docs_match_their_results(tmp_path):
     render(tmp_path / "benchmarks")
     render_training(tmp_path / "benchmarks")
     render_lossless(tmp_path / "benchmarks")
-    for page in ("benchmarks.md", "benchmarks-training.md", "benchmarks-lossless.md"):
+    render_quantized(tmp_path / "benchmarks")
+    for page in ("", "-training", "-lossless", "-quantized"):
+        page = f"benchmarks{page}.md"
         assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), page

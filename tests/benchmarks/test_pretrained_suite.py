@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,30 @@ def test_the_head_starts_where_a_regression_on_frozen_features_ends(options: Pre
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-3
 
 
+def test_batches_hold_texts_of_like_length_and_each_example_once(options: PretrainedOptions) -> None:
+    subject = PretrainedExperiment(options).subject
+    cell = subjects.Cell("trec", [subjects.PretrainedExample((4,) * n) for n in range(1, 33)], (), ())
+    masks = [one["attention_mask"] for one in islice(subject.batches(cell, 3), 16)]
+    for epoch in (masks[:8], masks[8:]):
+        assert sorted(n for mask in epoch for n in mask.sum(1).tolist()) == list(range(1, 33))
+    assert masks[0].tolist() != masks[8].tolist()
+    assert sum(mask.numel() for mask in masks) < 1.35 * sum(int(mask.sum()) for mask in masks)
+
+
+def test_products_in_bfloat16_leave_weights_and_optimizers_in_float32(options: PretrainedOptions) -> None:
+    narrow = replace(options, precision="bfloat16")
+    assert narrow.describe() != options.describe()
+    experiments = [PretrainedExperiment(options), PretrainedExperiment(narrow)]
+    losses = [
+        each.run(ARMS["rows-lowrank"], Spot("trec", 8, 1), 0, probe=None, counts=False)["loss"]
+        for each in experiments
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    subject = experiments[1].subject
+    assert subject.model(subject.cell("trec", 8, 1)).dtype == torch.float32
+
+
 class InventedExperiment:
     """Losses that fall towards the rate 2^-2, and towards seed 1; some arms are better by their names."""
 
@@ -134,8 +160,9 @@ def test_rates_come_first_then_the_best_selectors_and_a_finished_suite_makes_no_
     assert {one["arm"] for one in runs if one["task"] == "cr"} == {"start", *FIXED} | best
     assert {one["rung"] for one in runs if one["arm"] != "start"} == {-2}
     lora = [one for one in lines if one["kind"] == "tuning" and one["arm"] == "lora"]
-    tried = {task: [one["rung"] for one in lora if one["task"] == task] for task in ("trec", "cr")}
-    assert tried == {"trec": [0, 1, -1, -2, -3], "cr": [-2, -3]}
+    assert [(one["task"], one["rung"]) for one in lora] == [("trec", n) for n in (0, 1, -1, -2, -3)]
+    seeds = [(one["seed"], one["task"]) for one in runs if one["arm"] == "full"]
+    assert seeds == [(1, "trec"), (1, "cr"), (2, "trec"), (2, "cr")]
     swept = {one["arm"] for one in runs} & SWEPT.keys()
     assert len(swept) == 2
     render_pretrained(options.out)

@@ -61,7 +61,9 @@ def test_the_wheel_works_where_it_is_installed(dist, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     home = Path(called(python, "-c", ask, cwd=tmp_path).strip())
-    (home / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (home / "dependencies.pth").write_text(
+        f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    )
     (wheel,) = dist.glob("*.whl")
     called(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     found = called(python, "-c", "import neftsurgery; print(neftsurgery.__file__)", cwd=tmp_path)

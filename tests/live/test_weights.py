@@ -119,3 +119,22 @@ def test_blocks_cover_all_vectors_once(count: int, width: int) -> None:
     ranges = list(blocks(TensorInfo("a", "F32", layout.shape), layout, count))
     assert [n for start, stop in ranges for n in range(start, stop)] == list(range(count))
     assert all((stop - start) * width <= 1 << 24 or stop - start == 1 for start, stop in ranges)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_writing_is_exact_at_any_place_in_memory(dtype: torch.dtype, width: int, first: int) -> None:
+    """Every bit, those of NaN too, and nothing beside; against numpy."""
+    size = dtype.itemsize
+    raw = np.random.default_rng(0).integers(0, 256, (first + 5 * width) * size, dtype=np.uint8)
+    new = np.random.default_rng(1).integers(0, 256, (2, width * size), dtype=np.uint8)
+    expected = raw.copy()
+    expected[first * size :].reshape(5, -1)[[1, 4]] = new
+    memory = torch.from_numpy(raw).view(dtype)
+    weight = torch.nn.Parameter(memory[first:].view(5, width))
+    rows = torch.from_numpy(new).view(dtype)
+    with torch.no_grad():
+        write_vectors(weight, Layout.of((5, width), [0]), torch.tensor([1, 4]), rows)
+    assert memory.view(torch.uint8).numpy().tobytes() == expected.tobytes()
+    assert weight._version == 1

@@ -38,6 +38,17 @@ def test_scales_that_are_missing(layout: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_in_a_shard_that_is_lost(tmp_path: Path) -> None:
+    weight = fp8(rng(), "block")
+    folder = weight.write(tmp_path / "a")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (folder / index[weight.scales]).unlink()
+    with pytest.raises(ns.CorruptFileError, match="which is not there") as caught:
+        ns.diff(folder, folder, out=tmp_path / "out")
+    assert caught.value.tensor == weight.scales
+    assert not (tmp_path / "out").exists()
+
+
 def test_scales_that_the_index_lists_and_no_file_has(tmp_path: Path) -> None:
     weight = fp8(rng(), "block")
     folder = without(weight, weight.scales).write(tmp_path / "a", shards=1)

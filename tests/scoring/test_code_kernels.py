@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neftsurgery.quantization.codes import code_table
+from neftsurgery.quantization.weight import code_table
 from neftsurgery.scoring.code_kernels import code_sums
 
 KINDS = ("F8_E4M3", "F8_E5M2", "E2M1", "offset 4")

@@ -40,7 +40,9 @@ class Memory:
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         out[:] = np.frombuffer(self._arrays[name][1], np.uint8).reshape(-1, out.shape[1])[rows]
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+    def window(
+        self, name: str, start: int, room: NDArray[np.uint8], mapped: bool
+    ) -> NDArray[np.uint8] | None:
         return None
 
     def address(self, name: str) -> int:
@@ -52,11 +54,13 @@ class Mapped(Memory):
 
     asked = 0
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+    def window(
+        self, name: str, start: int, room: NDArray[np.uint8], mapped: bool
+    ) -> NDArray[np.uint8] | None:
         self.asked += 1
-        if self.asked % 3 == 0:
+        if self.asked % 3 == 0 or not mapped:
             return None
-        return np.frombuffer(bytearray(self._arrays[name][1]), np.uint8)[start : start + size]
+        return np.frombuffer(bytearray(self._arrays[name][1]), np.uint8)[start : start + room.size]
 
 
 def compare(

@@ -291,7 +291,7 @@ class _Zeros:
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         out[:] = 0
 
-    def window(self, name: str, start: int, size: int) -> None:
+    def window(self, name: str, start: int, room: NDArray[np.uint8], mapped: bool) -> None:
         return None
 
     def address(self, name: str) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from support import process, write_file, write_folder
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
+from neftsurgery.checkpoint.provenance import fingerprint
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError
-from neftsurgery.sources.remote import FETCHED
+from neftsurgery.neurons.layout import Layout
+from neftsurgery.scoring.engine import stream
+from neftsurgery.scoring.partial_sums import CutSizes, Job
+from neftsurgery.sources.remote import FETCHED, RemoteFolder, remote_file
+from neftsurgery.storage.threads import Limits
 
 ROWS, WIDTH = 1024, 1024
 CONFIG = {"model_type": "llama"}
@@ -128,6 +134,17 @@ def test_refused_folder(server: RangeServer) -> None:
         server.fault = "", 0, 0
 
 
+def test_a_file_that_gets_the_inode_of_a_stand_in_is_itself(server: RangeServer) -> None:
+    folder = RemoteFolder(f"{server.url}/base")
+    kept = dict(folder.files)  # as the traceback of an error keeps them
+    with ExitStack() as stack:
+        opened = [stack.enter_context(file.path.open("rb")) for file in kept.values()]  # the inodes stay
+        assert any(remote_file(file.fileno()) for file in opened)
+        del folder
+        assert not any(file.path.exists() for file in kept.values())
+        assert not any(remote_file(file.fileno()) for file in opened)
+
+
 @pytest.mark.parametrize("out", ["s3://bucket/patch", "https://user:word@host/patch?signature=secret"])
 def test_output_is_not_a_url(server: RangeServer, out: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="an output is a local path") as raised:
@@ -176,6 +193,24 @@ def test_neighbouring_rows_are_one_request(server: RangeServer) -> None:
     assert sorted(size(asked) for _, asked, _ in server.requests) == [4 * WIDTH, 4 * WIDTH, 400 * WIDTH]
     Checkpoint.open(server.folder / "base").read_rows(name, rows, expected)
     assert np.array_equal(out, expected)
+
+
+def test_ends_of_neighbouring_tensors_are_one_request(server: RangeServer) -> None:
+    checkpoint = Checkpoint.open(f"{server.url}/tuned")
+    server.start_count()
+    assert fingerprint(checkpoint) == fingerprint(Checkpoint.open(server.folder / "tuned"))
+    # Of three shards of two tensors each: the first's start, the last's end, and what is between them.
+    assert sorted(size(asked) for _, asked, _ in server.requests) == [4096] * 6 + [8192] * 3
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_task_is_fetched_at_once(server: RangeServer, mapped: bool) -> None:
+    """Not piece by piece; in a library too, which maps no files."""
+    sides = [Checkpoint.open(f"{server.url}/{side}") for side in ("base", "tuned")]
+    jobs = [Job(info, Layout.of(info.shape, (0,))) for info in sides[0].tensors.values()]
+    server.start_count()
+    list(stream(*sides, jobs, limits=Limits.of(1, mapped=mapped), sizes=CutSizes(piece=1 << 20)))
+    assert max(size(asked) for _, asked, _ in server.requests) == 3 << 20
 
 
 def size(asked: str) -> int:

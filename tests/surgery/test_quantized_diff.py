@@ -15,6 +15,11 @@ from safetensors.numpy import load_file
 from test_accuracy import assert_close, reference
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.checkpoint import Checkpoint
+from neftsurgery.scoring.engine import stream
+from neftsurgery.scoring.partial_sums import CutSizes
+from neftsurgery.storage.threads import Limits
+from neftsurgery.surgery.diff import plan_diff
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -140,3 +145,31 @@ def test_experts_with_a_scale_per_column(tmp_path: Path) -> None:
     base, tuned = sides
     scores = ns.diff(base.write(tmp_path / "a"), tuned.write(tmp_path / "b"), axis={"*": (0, 2)})
     check(scores, base, base.numbers, tuned.numbers, "cosine")
+
+
+@pytest.mark.parametrize("layout", ["fp8 blocks", "fp8 rows", "mxfp4"])
+def test_pieces_have_the_same_sums_mapped_and_joined_or_not(layout: str, tmp_path: Path) -> None:
+    """Of files in which codes begin at an odd byte."""
+    sides = []
+    for seed in (1, 2):
+        weight = LAYOUTS[layout](np.random.default_rng(seed))
+        odd = {"a": ("U8", np.arange(3, dtype=np.uint8)), **weight.tensors}
+        sides.append(replace(weight, tensors=odd).write(tmp_path / str(seed), shards=1))
+    assert Checkpoint.open(sides[0]).position(weight.codes)[1] % 2
+    found: list[list[tuple[bytes, ...]]] = []
+    for mapped, piece in ((False, 512), (True, 512), (True, 1 << 20)):
+        base, tuned, jobs = plan_diff(*sides).pair.compared
+        sizes = CutSizes(piece=piece, least_task=1 << 14, least_window=1)
+        results = stream(base, tuned, jobs, limits=Limits.of(1, mapped=mapped), sizes=sizes)
+        sums = [one.sums for one in results if one.sums is not None]
+        found.append([(one.aa.tobytes(), one.dd.tobytes(), one.ad.tobytes()) for one in sums])
+    assert len(found[0]) == 1
+    assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.parametrize("kind", ["cosine", "relative", "changed"])
+def test_a_scale_per_row_against_one_of_the_whole_tensor(tmp_path: Path, kind: str) -> None:
+    base, tuned = (fp8(np.random.default_rng(n), grid) for n, grid in ((1, "channel"), (2, "tensor")))
+    sides = base.write(tmp_path / "a"), tuned.write(tmp_path / "b")
+    check(ns.diff(*sides, score=kind), base, base.numbers, tuned.numbers, kind)
+    check(ns.diff(*sides[::-1], score=kind), base, tuned.numbers, base.numbers, kind)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from expert_script import train_experts
+from mismatch_script import lost_process, other_neurons
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -88,7 +89,8 @@ def main(root: Path, *cases: str) -> None:
     for case in cases:
         kind, _, mode = case.partition(" ")
         (root / case).mkdir(exist_ok=True)
-        train(kind, mode, root / case) if kind != "experts" else train_experts()
+        others = {"experts": train_experts, "other neurons": other_neurons, "lost process": lost_process}
+        others[case]() if case in others else train(kind, mode, root / case)
         dist.barrier()
         if dist.get_rank() == 0:
             print(f"{case}: right", flush=True)

@@ -11,6 +11,7 @@ from benchmarks.selection.pretrained.arms import ARMS
 
 RATE = 1e-3  # learning rates are this times powers of two
 HEAD_RATE = 1e-3  # of a classifier's head, in every arm
+PRECISIONS = ("float32", "bfloat16")  # of matrix products; weights and optimizers have float32
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Setting:
         return self.looks[-1]
 
 
-_STARTS = {"full": -4, "lora": 0, "shira": 0, "bitfit": 2, "rows": 0, "units": 0}
+_STARTS = {"full": -4, "lora": 0, "shira": 0, "bitfit": 2, "rows": 0, "units": 1}
 SETTINGS = {
     "minilm": Setting(
         ("trec", "sst2", "subj", "cr"), (480, 48), 128, 320, 24, 16, (10, 30, 100), 30, _STARTS
@@ -68,6 +69,7 @@ class PretrainedOptions:
     threads: int
     minutes: float
     quick: bool
+    precision: str = PRECISIONS[0]
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> PretrainedOptions:
@@ -93,15 +95,19 @@ class PretrainedOptions:
     @property
     def command(self) -> str:
         """What makes the results."""
-        return f"python -m benchmarks selection --model {self.model} --text TEXT"
+        flag = f" --precision {self.precision}" * (self.precision != PRECISIONS[0])
+        return f"python -m benchmarks selection --model {self.model} --text TEXT{flag}"
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for runs to be comparable, as JSON values."""
         one = asdict(self.setting)
         kept = ("dev", "test", "length", "batch", "looks", "probe_batches")
-        return {"model": self.model, "device": self.device, "rate": RATE, "head_rate": HEAD_RATE} | {
-            name: list(one[name]) if isinstance(one[name], tuple) else one[name] for name in kept
-        }
+        facts = {"model": self.model, "device": self.device, "precision": self.precision}
+        return (
+            facts
+            | {"rate": RATE, "head_rate": HEAD_RATE}
+            | {name: list(one[name]) if isinstance(one[name], tuple) else one[name] for name in kept}
+        )
 
 
 def arm_name(text: str) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertModel, LlamaForCausalLM
 
 from benchmarks.lossless.models import SUBJECTS as PACKAGES
 from benchmarks.lossless.models import folder_of
@@ -53,8 +54,11 @@ class PretrainedSubject(ABC):
 
     linear: ClassVar[tuple[str, ...]]  # the names of its linear layers, which adapters go to
 
-    def __init__(self, setting: Setting, text: Path, work: Path, device: str) -> None:
+    def __init__(
+        self, setting: Setting, text: Path, work: Path, device: str, precision: str = "float32"
+    ) -> None:
         self._setting, self._text, self.device = setting, text, device
+        self._mixed = precision != "float32"
         self.folder = self._checkpoint(work)  # of the base
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
 
@@ -86,12 +90,27 @@ class PretrainedSubject(ABC):
         return []
 
     def batches(self, cell: Cell, seed: int) -> Iterator[Batch]:
-        """Endless batches: all examples in random order, again and again."""
+        """Endless batches: all examples in random order, again and again.
+
+        Within a quarter of them, examples of about the same length go together, which saves padding.
+        """
         rng, size = random.Random(seed), min(self._setting.batch, len(cell.train))
+        count = len(cell.train) // size
+        quarter = size * max(1, count // 4)
         while True:
-            order = rng.sample(cell.train, len(cell.train))
-            for start in range(0, len(order) - size + 1, size):
+            order = rng.sample(cell.train, count * size)
+            parts = (order[start : start + quarter] for start in range(0, len(order), quarter))
+            order = [part[n] for part in parts for n in _by_length(part)]
+            for start in rng.sample(range(0, len(order), size), count):
                 yield self.collate(order[start : start + size])
+
+    def _load(self, kind: Any, **options: Any) -> Any:
+        """The base in float32. On a CPU, fused attention is the slower one with short texts in bfloat16."""
+        model = kind.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager" if self._mixed else None, **options
+        )
+        model.mixed = self._mixed
+        return model.to(self.device)
 
     def _padded(self, examples: Sequence[PretrainedExample]) -> Batch:
         longest = max(len(one.ids) for one in examples)
@@ -105,13 +124,16 @@ class PretrainedSubject(ABC):
 class MeanClassifier(BertModel):
     """The encoder with a linear head on the mean of its last hidden states."""
 
+    mixed = False  # products in bfloat16
+
     def __init__(self, config: Any, classes: int = 2) -> None:
         super().__init__(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, classes)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean hidden states, ``[batch, hidden]``."""
-        hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.mixed):
+            hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None]
         return (hidden * mask).sum(1) / mask.sum(1)
 
@@ -155,15 +177,17 @@ class Encoder(PretrainedSubject):
     def model(self, cell: Cell) -> Any:
         """A copy of the last one, if it was of the same examples."""
         if self._last is None or self._last[0] is not cell:
-            model: Any = MeanClassifier.from_pretrained(self.folder, classes=cell.classes).to(self.device)
+            model = self._load(MeanClassifier, classes=cell.classes)
             self._fit_head(model, cell)
             self._last = cell, model
         return copy.deepcopy(self._last[1])
 
     @torch.no_grad()
     def _features(self, model: Any, examples: Sequence[PretrainedExample]) -> Tensor:
-        parts = [examples[start : start + _MANY] for start in range(0, len(examples), _MANY)]
-        return torch.cat([model.features(**self._padded(part)) for part in parts])
+        order = _by_length(examples)
+        parts = [order[start : start + _MANY] for start in range(0, len(order), _MANY)]
+        found = [model.features(**self._padded([examples[n] for n in part])) for part in parts]
+        return torch.cat(found)[np.argsort(order)]
 
     def _fit_head(self, model: Any, cell: Cell) -> None:
         """Logistic regression on the frozen features, so that every arm starts from what they tell."""
@@ -198,6 +222,20 @@ class Encoder(PretrainedSubject):
         labels = torch.tensor([one.label for one in examples], device=self.device)
         right = (logits.argmax(1) == labels).double().mean().item()
         return {"loss": round(cross_entropy(logits, labels).item(), 5), "accuracy": round(right, 5)}
+
+
+class AnswerModel(LlamaForCausalLM):
+    """The chat model with the mean loss of the labelled tokens; it computes logits for these alone."""
+
+    mixed = False  # products in bfloat16
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        """The mean loss."""
+        wanted = labels[:, 1:] != -100
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.mixed):
+            found = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            logits = self.lm_head(found.last_hidden_state[:, :-1][wanted])
+        return SimpleNamespace(loss=cross_entropy(logits.float(), labels[:, 1:][wanted]))
 
 
 class ChatModel(PretrainedSubject):
@@ -236,8 +274,8 @@ class ChatModel(PretrainedSubject):
 
     def model(self, cell: Cell) -> Any:
         if not hasattr(self, "_base"):
-            self._base: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        return copy.deepcopy(self._base).to(self.device)
+            self._base: Any = self._load(AnswerModel)
+        return copy.deepcopy(self._base)
 
     def collate(self, examples: Sequence[PretrainedExample]) -> Batch:
         batch = self._padded(examples)
@@ -249,10 +287,10 @@ class ChatModel(PretrainedSubject):
     @torch.no_grad()
     def measure(self, model: Any, examples: Sequence[PretrainedExample]) -> dict[str, Any]:
         model.eval()
-        losses, counts = [], []
-        for start in range(0, len(examples), 4):
-            batch = self.collate(examples[start : start + 4])
-            counts.append(int((batch["labels"] != -100).sum()))
+        losses, counts, order = [], [], _by_length(examples)
+        for start in range(0, len(order), 8):
+            batch = self.collate([examples[n] for n in order[start : start + 8]])
+            counts.append(int((batch["labels"][:, 1:] != -100).sum()))
             losses.append(model(**batch).loss.item() * counts[-1])
         return {"loss": round(math.fsum(losses) / sum(counts), 5)}
 
@@ -262,6 +300,11 @@ class ChatModel(PretrainedSubject):
         ids = self._tokenizer(text, truncation=False, verbose=False)["input_ids"]
         windows = [tuple(ids[128 * n : 128 * (n + 1)]) for n in range(self.articles)]
         return {"wikitext": self.measure(model, [PretrainedExample(one) for one in windows])["loss"]}
+
+
+def _by_length(examples: Sequence[PretrainedExample]) -> list[int]:
+    """The examples' indices, the shortest first: batches then need little padding."""
+    return sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
 
 
 SUBJECTS: dict[str, type[PretrainedSubject]] = {"minilm": Encoder, "smollm2": ChatModel}

@@ -56,16 +56,17 @@ class _PretrainedSuite:
         self._first = options.setting.tasks[0]
 
     def run(self) -> None:
-        """All of it: the larger size of all tasks first."""
+        """All of it: the larger size first, and of a size one seed on all tasks first."""
         self._prepare()
         for examples in self._options.examples or self._setting.examples:
-            for task in self._options.tasks:
-                self._start(task, examples)
-                for arm in self._arms():
-                    self._run_arm(arm, task, examples)
-                if task == self._first and examples == self._setting.examples[0]:
+            for seed in range(1, self._options.seeds + 1):
+                for task in self._options.tasks:
+                    self._start(task, examples, seed)
+                    for arm in self._arms():
+                        self._run_arm(arm, task, examples, seed)
+                if examples == self._setting.examples[0] and self._first in self._options.tasks:
                     for arm in self._swept():
-                        self._run_arm(arm, task, examples)
+                        self._run_arm(arm, self._first, examples, seed)
 
     def _prepare(self) -> None:
         options, described = self._options, self._options.describe()
@@ -80,12 +81,11 @@ class _PretrainedSuite:
         elif known["setting"] != described:
             sys.exit(f"{options.results} has results of another setting: use another --out, or move it")
 
-    def _start(self, task: str, examples: int) -> None:
-        for seed in range(1, self._options.seeds + 1):
-            where = {"task": task, "examples": examples, "seed": seed}
-            if not self._lines("run", arm="start", **where):
-                facts = self._experiment.start(self._spot(task, examples, seed))
-                self._store("run", arm="start", **where, **facts)
+    def _start(self, task: str, examples: int, seed: int) -> None:
+        where = {"task": task, "examples": examples, "seed": seed}
+        if not self._lines("run", arm="start", **where):
+            facts = self._experiment.start(self._spot(task, examples, seed))
+            self._store("run", arm="start", **where, **facts)
 
     def _arms(self) -> list[Arm]:
         """The fixed arms, and the candidates that were best on the first task's dev set."""
@@ -108,18 +108,17 @@ class _PretrainedSuite:
         task, examples = self._first, self._setting.examples[0]
         for arm in CANDIDATES.values():
             if not self._lines("screen", arm=arm.name):
-                exponent = self._exponent(ARMS[control_of(arm)], task)
+                exponent = self._exponent(ARMS[control_of(arm)])
                 facts = self._run(arm, task, examples, SEARCH_SEED, exponent, counts=False)
                 self._store("screen", arm=arm.name, task=task, examples=examples, rung=exponent, **facts)
         return _screened(self._options.results)[:BEST]
 
-    def _run_arm(self, arm: Arm, task: str, examples: int) -> None:
-        for seed in range(1, self._options.seeds + 1):
-            where = {"task": task, "examples": examples, "seed": seed}
-            if not self._lines("run", arm=arm.name, **where):
-                exponent = self._exponent(arm, task)
-                facts = self._run(arm, task, examples, seed, exponent, counts=True)
-                self._store("run", arm=arm.name, **where, rung=exponent, **facts)
+    def _run_arm(self, arm: Arm, task: str, examples: int, seed: int) -> None:
+        where = {"task": task, "examples": examples, "seed": seed}
+        if not self._lines("run", arm=arm.name, **where):
+            exponent = self._exponent(arm)
+            facts = self._run(arm, task, examples, seed, exponent, counts=True)
+            self._store("run", arm=arm.name, **where, rung=exponent, **facts)
 
     def _run(
         self, arm: Arm, task: str, examples: int, seed: int, exponent: int, *, counts: bool
@@ -127,37 +126,23 @@ class _PretrainedSuite:
         if time.monotonic() > self._deadline:
             raise OutOfTimeError
         needs = arm.score in CHANGE_SCORES and arm.kind == "neurons"
-        probe = self._exponent(ARMS["full"], task) if needs else None
+        probe = self._exponent(ARMS["full"]) if needs else None
         return self._experiment.run(
             arm, self._spot(task, examples, seed), exponent, probe=probe, counts=counts
         )
 
-    def _exponent(self, arm: Arm, task: str) -> int:
-        """The exponent of an arm's rate, for the larger size: the whole ladder on the first task.
-
-        On other tasks two rungs: the one that was best there, and the better of its neighbours.
-        """
-        tried = self._tried(arm, task)
-        if task == self._first:
-            start = self._setting.starts.get(arm.kind, self._setting.starts.get(arm.anatomy, 0))
-            while (exponent := next_exponent(tried, start, *_BOUNDS)) is not None:
-                tried[exponent] = self._tune(arm, task, exponent)
-            return best_exponent(tried)
-        found = self._exponent(arm, self._first)
-        there = self._tried(arm, self._first)
-        near = min((n for n in (found - 1, found + 1) if n in there), key=lambda n: there[n], default=found)
-        for exponent in {found: None, near: None}:
-            if exponent not in tried:
-                tried[exponent] = self._tune(arm, task, exponent)
+    def _exponent(self, arm: Arm) -> int:
+        """The exponent of an arm's rate: of the ladder on the first task, with many examples."""
+        tried = {line["rung"]: line["loss"] for line in self._lines("tuning", arm=arm.name)}
+        start = self._setting.starts.get(arm.kind, self._setting.starts.get(arm.anatomy, 0))
+        while (exponent := next_exponent(tried, start, *_BOUNDS)) is not None:
+            tried[exponent] = self._tune(arm, exponent)
         return best_exponent(tried)
 
-    def _tune(self, arm: Arm, task: str, exponent: int) -> float:
-        facts = self._run(arm, task, self._setting.examples[0], SEARCH_SEED, exponent, counts=False)
-        self._store("tuning", arm=arm.name, task=task, seed=SEARCH_SEED, rung=exponent, **facts)
+    def _tune(self, arm: Arm, exponent: int) -> float:
+        facts = self._run(arm, self._first, self._setting.examples[0], SEARCH_SEED, exponent, counts=False)
+        self._store("tuning", arm=arm.name, task=self._first, seed=SEARCH_SEED, rung=exponent, **facts)
         return float(facts["loss"])
-
-    def _tried(self, arm: Arm, task: str) -> dict[int, float]:
-        return {line["rung"]: line["loss"] for line in self._lines("tuning", arm=arm.name, task=task)}
 
     def _lines(self, kind: str, **like: Any) -> list[dict[str, Any]]:
         wanted = {"kind": kind, **like}.items()

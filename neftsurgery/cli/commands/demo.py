@@ -103,7 +103,7 @@ def can_draw() -> bool:
 @click.option(
     "--files-only", is_flag=True, help="Only the demo on files: it takes seconds and needs no torch."
 )
-@click.option("--seed", type=WholeNumber(min=0), default=0, help="The random seed of training.")
+@click.option("--seed", type=WholeNumber(min=0), default=0, metavar="N", help="The seed of training.")
 @dry_run_option
 @common_options
 def command(console: Console, folder: str | None, files_only: bool, seed: int, dry_run: bool) -> int:

@@ -94,7 +94,7 @@ def _say_pair(console: Console, plan: Pair) -> None:
     """Say what two checkpoints have in common, what is scored of it and what is not."""
     rows = [["base", *_checkpoint_cells(plan.base)], ["tuned", *_checkpoint_cells(plan.tuned)]]
     console.say_table(rows, right=[2])
-    neurons = plural(plan.neurons, "neuron")
+    neurons = plural(plan.anatomy.neurons, "neuron")
     text = f"{plural(len(plan.jobs), 'tensor')} in common; {len(plan.anatomy.scored):,} hold {neurons}"
     if plan.anatomy.unit_count:
         text += f" in {plural(plan.anatomy.unit_count, 'unit')}"
