@@ -49,10 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Millions of objects of modules and tests last as long as the run: no collection visits them again.
-
-    `attach` collects garbage, and looks at every object for what wraps its model.
-    """
+    """A million objects of modules and tests last as long as the run: no collection visits them again."""
     gc.collect()
     gc.freeze()
 
