@@ -31,7 +31,8 @@ def rows_of(patch: str) -> dict[str, Rows]:
     """The indices and values of the rows of each touched tensor."""
     from safetensors.torch import load_file
 
-    entries, used, found = load_file(patch), Counter[str](), dict[str, Rows]()
+    entries, used = load_file(patch), Counter[str]()
+    found: dict[str, Rows] = {}
     with safe_open(patch, "pt") as file:
         tensors = json.loads(file.metadata()["neuron_patch"])["tensors"]
     for name, entry in sorted(tensors.items()):
