@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes_support import make
 from safetensors.torch import load_file
 from support import raw_read
 
@@ -20,13 +19,6 @@ from neftsurgery.training.gradient_probe import drawn
 from neftsurgery.training.train_plan import plan_train
 
 WORDS = ("bird", "fish", "lion", "frog", "toad", "wolf", "bear", "deer")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    make(folder, 5)
-    return folder
 
 
 @pytest.fixture

@@ -34,14 +34,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base of the recipes, hardly trained."""
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    make(folder, 5)
-    return folder
-
-
 @pytest.fixture
 def recipe(base: Path, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
