@@ -35,9 +35,9 @@ def quantization_of(model: nn.Module, module: nn.Module) -> Any:
     return resolve_quantization_backend(module, **get_quantization_kwargs(model))
 
 
-def weight_shape(module: Any) -> tuple[int, ...]:
-    """The shape of a module's weight, also of codes that are stored in another."""
-    weight = module._parameters["weight"]
+def weight_shape(module: Any, attribute: str = "weight") -> tuple[int, ...]:
+    """The shape of a parameter of a module, also of codes that are stored in another."""
+    weight = module._parameters[attribute]
     codes = isinstance(module, nn.Linear) and not is_plain(weight)
     return (module.out_features, module.in_features) if codes else tuple(weight.shape)
 

@@ -23,6 +23,7 @@ from ..selection.choice import Block, choose
 from ..selection.selection import SELECTION_KEY, Selection
 from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import TensorInfo, read_header
+from ..tuning.forwards import forward_of
 from .base_vectors import quantization_of, weight_shape
 from .config import DatalessPolicy, NeftConfig
 
@@ -40,7 +41,10 @@ class ChosenNeurons:
 def chosen_neurons(
     model: nn.Module, modules: Mapping[str, nn.Module], config: NeftConfig
 ) -> dict[str, ChosenNeurons]:
-    """The neurons that a config's file or budget chooses, by parameter name; a budget, of ``modules``."""
+    """The neurons that a config's file or budget chooses, by parameter name.
+
+    ``modules``: those of the parameters that a budget chooses from, by their names.
+    """
     budget = config.neurons is not None or config.params is not None
     if bool(config.selection) == budget:
         raise UsageError(
@@ -82,8 +86,12 @@ def _of_budget(
         seed=config.seed,
     )
     own: Any = getattr(model, "config", None)
-    infos = {name: TensorInfo(name, "F32", weight_shape(module)) for name, module in modules.items()}
-    axis = {name: 0 for name, info in infos.items() if len(info.shape) > 2}  # candidates are convolutions
+    infos = {
+        name: TensorInfo(name, "F32", weight_shape(module, name.rpartition(".")[2]))
+        for name, module in modules.items()
+    }
+    layers = {name: info for name, info in infos.items() if forward_of(modules[name])}
+    axis = {name: 0 for name, info in layers.items() if len(info.shape) > 2}  # of convolutions
     if own is None:
         axis |= {name: 1 for name, module in modules.items() if type(module).__name__ == "Conv1D"}
     anatomy = read_anatomy(
@@ -109,7 +117,7 @@ def _scores(
     """What a neuron of ``tensor`` adds to the score of its unit, ``[neurons]``."""
     if policy == "random":
         return np.zeros(tensor.layout.count)
-    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    weight: Tensor = module._parameters[tensor.info.name.rpartition(".")[2]]  # type: ignore[assignment]
     if not is_plain(weight):
         weight = quantization_of(model, module).get_base_weight(module)
     others = [axis for axis in range(weight.dim()) if axis not in tensor.axes]

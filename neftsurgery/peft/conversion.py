@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
@@ -26,9 +26,11 @@ from ..selection.selection import Chosen, RowBlock, Selection
 from ..storage.output import staged_directory
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tuning.base_checkpoint import checked_values
+from ..tuning.forwards import forward_of
 from .base_vectors import base_digest, file_vectors, neurons_in_files, require_base
 from .choosing import neurons_of
 from .config import NeftConfig
+from .model import require_supported
 
 _WEIGHTS = "adapter_model.safetensors"
 _START = "base_model.model."
@@ -92,7 +94,8 @@ def _stored_neurons(folder: Path, config: NeftConfig) -> dict[str, tuple[Int64Ar
         raise CorruptFileError(f"the adapter cannot be read: {error}", file=folder / _WEIGHTS) from error
     stored: dict[str, tuple[Int64Array, Tensor, Tensor]] = {}
     for parameter, (count, _) in config.layouts().items():
-        stem = _START + parameter.removesuffix(".weight")
+        stems = [_stem(parameter, wrapped) for wrapped in (True, False)]
+        stem = next((one for one in stems if f"{one}.neft_rows" in tensors), stems[0])
         numbers, vectors = tensors.get(f"{stem}.neft_index"), tensors.get(f"{stem}.neft_rows")
         if numbers is None or vectors is None or len(numbers) != count or len(vectors) != count:
             raise CorruptFileError(
@@ -101,6 +104,12 @@ def _stored_neurons(folder: Path, config: NeftConfig) -> dict[str, tuple[Int64Ar
         digest = tensors.get(f"{stem}.neft_digest", torch.zeros(16, dtype=torch.uint8))
         stored[parameter] = numbers.numpy(), vectors, digest
     return stored
+
+
+def _stem(parameter: str, wrapped: bool) -> str:
+    """How the names of its tensors start: of a layer that is ``wrapped``, or of a `NeftModule`."""
+    owner, _, attribute = parameter.rpartition(".")
+    return f"{_START}{owner}" if wrapped else f"{_START}{owner}.adapted.{attribute}"
 
 
 def _config(folder: Path) -> NeftConfig:
@@ -127,17 +136,14 @@ def adapter_of_patch(
     checkpoint = Checkpoint.open(base)
     for chosen in patch.selection.tensors.values():
         checked_values(patch, chosen, 0, None, checkpoint)
-    found = neurons_of(meta_model(checkpoint, "saved"), patch)
-    if other := next((name for name in found if not name.endswith(".weight")), None):
-        raise UsageError(
-            "only neurons of the weights of modules can be an adapter",
-            tensor=other,
-            hint="use neftsurgery.attach, or write the patched checkpoint: `neftsurgery apply`",
-        )
+    model: nn.Module = meta_model(checkpoint, "saved")
+    found = neurons_of(model, patch)
+    owners = {name: name.rpartition(".")[0] for name in found}
+    require_supported(model, {name: one.layout.axes for name, one in found.items()})
     config = NeftConfig(
         base_model_name_or_path=checkpoint.source.repo or checkpoint.name,
         anatomy=patch.facts.anatomy or "rows",
-        target_modules=sorted(name.removesuffix(".weight") for name in found),
+        target_modules=sorted({*owners.values()}),
         counts={name: [len(one.index), *one.layout.axes] for name, one in sorted(found.items())},
         inference_mode=True,
     )
@@ -146,7 +152,7 @@ def adapter_of_patch(
     before = file_vectors(checkpoint, places)
     for name, one in found.items():
         assert one.values is not None  # a patch has them
-        stem = _START + name.removesuffix(".weight")
+        stem = _stem(name, wrapped=forward_of(model.get_submodule(owners[name])) is not None)
         wide = torch.float64 if one.values.dtype == torch.float64 else torch.float32
         tensors[f"{stem}.neft_index"] = torch.from_numpy(one.index)
         tensors[f"{stem}.neft_rows"] = one.values.to(wide)

@@ -1,4 +1,9 @@
-"""A module with adapters of chosen neurons: its own forward pass with some of its vectors replaced."""
+"""Modules with adapters of chosen neurons: their own forward passes with some of their vectors replaced.
+
+A layer whose way to compute is known is wrapped by a `NeftLayer`, which has the adapters of its weight. Any
+other module, such as one with the stacked weights of experts, is wrapped by a `NeftModule`: while the module
+computes, its parameters carry the neurons (`neftsurgery.tuning.neuron_weight`).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,14 @@ from ..live.weights import is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
 from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward, forward_of
 from ..tuning.frozen_weights import FrozenLinear, apply_function
+from ..tuning.linear_weight import LinearNeurons
+from ..tuning.neuron_weight import NeuronWeight, WeightNeurons
 from .base_vectors import base_digest, require_base, weight_shape
 from .choosing import ChosenNeurons
 
 
-class NeftLayer(nn.Module, BaseTunerLayer):
-    """Wraps a linear layer, ``Conv1D``, convolution or embedding, plain or quantized.
+class AdaptedWeight(nn.Module, BaseTunerLayer):
+    """The adapters of one parameter of a module.
 
     ``neft_rows`` holds each adapter's vectors, ``[k, width]`` float32, in place of those of the weight;
     ``neft_index`` their neurons, int64 ``[k]``; ``neft_digest`` tells of which base, zeros if unknown.
@@ -30,14 +37,11 @@ class NeftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("neft_rows",)
     other_param_names = ("neft_index", "neft_digest", "neft_saved")
 
-    def __init__(self, name: str, base_layer: nn.Module, axes: tuple[int, ...], quantization: Any) -> None:
+    def __init__(self, name: str, module: nn.Module, axes: tuple[int, ...], quantization: Any = None) -> None:
         super().__init__()
-        self.name = name  # of the weight
-        self.base_layer = base_layer
-        base: Any = self.get_base_layer()
-        self.layout = Layout.of(weight_shape(base), axes)
-        self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
-        self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
+        self.name, self.attribute = name, name.rpartition(".")[2]  # of the weight
+        self._owner = (module,)  # in a tuple: torch registers no submodule
+        self.layout = Layout.of(weight_shape(self.get_base_layer(), self.attribute), axes)
         self.neft_rows = nn.ParameterDict({})
         self.neft_index = BufferDict(persistent=True)
         self.neft_digest = BufferDict(persistent=True)
@@ -48,32 +52,48 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
 
+    def get_base_layer(self) -> nn.Module:
+        """The module that has the parameter."""
+        module: Any = self._owner[0]
+        while hasattr(module, "base_layer"):  # another tool's wrapper
+            module = module.base_layer
+        return module  # type: ignore[no-any-return]
+
+    @property
+    def held(self) -> Tensor:
+        """The parameter, as the module holds it."""
+        return self.get_base_layer()._parameters[self.attribute]  # type: ignore[return-value]
+
+    def _whole(self) -> Tensor:
+        """The parameter's values, in its shape; of a quantized one, a copy."""
+        whole = self.held.data if self.quantization_backend is None else self.get_base_weight()
+        return whole.view(self.layout.shape)
+
     def update_layer(self, adapter: str, index: Tensor, chosen: ChosenNeurons | None) -> None:
         """Add an adapter with these neurons; ``chosen`` None: its values and its base will be loaded."""
-        base: Any = self.get_base_layer()
-        device: torch.device = base.weight.device
-        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        device = self.held.device
+        dtype = torch.float64 if self.held.dtype == torch.float64 else torch.float32
         values, digest = torch.zeros(len(index), self.layout.width, device=device), torch.zeros(16).byte()
         if chosen is not None and device.type != "meta":
             before = self.vectors(index.to(device)) if chosen.base is None else chosen.base
             values = (before if chosen.values is None else chosen.values).to(device)
-            if chosen.base is not None or is_plain(base.weight):
+            if chosen.base is not None or is_plain(self.held):
                 digest = base_digest(before)
         self.neft_rows[adapter] = nn.Parameter(values.to(device, dtype, copy=True))
         self.neft_index[adapter], self.neft_digest[adapter] = index.to(device), digest.to(device)
 
     def vectors(self, index: Tensor) -> Tensor:
         """The vectors that the weight holds of neurons, ``[k, width]``; of a quantized one, dequantized."""
-        return read_vectors(self.get_base_weight().view(self.layout.shape), self.layout, index)
+        return read_vectors(self._whole(), self.layout, index)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """As PEFT's, but never to the base's dtype: rows keep what small steps have changed."""
         if adapter_name in self.neft_rows and not self.neft_rows[adapter_name].is_meta:
-            base: Any = self.get_base_layer()
-            self.neft_rows[adapter_name].data = self.neft_rows[adapter_name].to(device or base.weight.device)
-            self.neft_index[adapter_name] = self.neft_index[adapter_name].to(device or base.weight.device)
+            device = device or self.held.device
+            self.neft_rows[adapter_name].data = self.neft_rows[adapter_name].to(device)
+            self.neft_index[adapter_name] = self.neft_index[adapter_name].to(device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; several may not have a neuron in common."""
@@ -91,7 +111,7 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The difference that an adapter makes to the weight, in the weight's shape."""
-        weight = self.get_base_weight().view(self.layout.shape)
+        weight = self._whole()
         changed = weight.clone()
         write_vectors(changed, self.layout, self.neft_index[adapter], self.neft_rows[adapter].detach())
         return changed - weight
@@ -120,21 +140,58 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     def _write(self, adapter: str, vectors: Tensor) -> None:
         """Write vectors of an adapter's neurons into the weight."""
-        weight = self.get_base_weight()
-        write_vectors(weight.view(self.layout.shape), self.layout, self.neft_index[adapter], vectors)
+        weight = self._whole()
+        write_vectors(weight, self.layout, self.neft_index[adapter], vectors)
         if self.quantization_backend is not None:
             self.set_base_weight(weight)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's forward pass with the vectors of the active adapters."""
+    def counts(self) -> bool:
+        """Whether the forward pass computes with adapters: they are neither merged nor disabled."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        return not (self.disable_adapters or self.merged)
+
+    def active(self) -> list[str]:
+        """The active adapters that have neurons of the parameter."""
+        return [name for name in self.active_adapters if name in self.neft_rows]
+
+    def joined(self, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        """The vectors and the numbers of the neurons of adapters."""
+        parts = [(self.neft_rows[name], self.neft_index[name]) for name in adapters]
+        if len(parts) == 1:
+            return parts[0]
+        rows, index = zip(*parts, strict=True)
+        return torch.cat(rows), torch.cat(index)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
+        return False
+
+    def __repr__(self) -> str:
+        return "neft." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """How many neurons each adapter has."""
+        counts = {name: len(self.neft_index[name]) for name in self.neft_rows}
+        return ", ".join(f"{name}={count} of {self.layout.count}" for name, count in counts.items())
+
+
+class NeftLayer(AdaptedWeight):
+    """Wraps a linear layer, ``Conv1D``, convolution or embedding, plain or quantized."""
+
+    def __init__(self, name: str, module: nn.Module, axes: tuple[int, ...], quantization: Any) -> None:
+        super().__init__(name, module, axes, quantization)
+        self.base_layer = module
+        base = self.get_base_layer()
+        self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
+        self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's forward pass with the vectors of the active adapters."""
+        if not self.counts():
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        if adapter_names is not None:
-            return self._mixed(x, adapter_names)
-        return self._run(x, [name for name in self.active_adapters if name in self.neft_rows])
+        return self._run(x, self.active()) if adapter_names is None else self._mixed(x, adapter_names)
 
     def _run(self, x: Tensor, adapters: list[str]) -> Tensor:
         if not adapters:
@@ -143,10 +200,10 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         inputs = self.computes.kind_of(self.layout.axes) == "inputs"
         if isinstance(self.computes, LinearForward) and is_plain(base.weight):
-            rows = _joined([self.neft_rows[name] for name in adapters])
-            index = _joined([self.neft_index[name] for name in adapters])
-            arguments = (x, rows, base.weight, base.bias, index, self.computes.transposed)
-            return apply_function(FrozenLinear, *arguments, inputs, True)
+            rows, index = self.joined(adapters)
+            delta = rows.detach() - self.vectors(index).to(rows.dtype)
+            arguments = (x, rows, base.weight, base.bias, index, self.computes.transposed, inputs, delta)
+            return apply_function(FrozenLinear, *arguments)
         layer = LayerNeurons()
         held = layer.overlaid_inputs if inputs else layer.overlaid_outputs
         held.extend(self._overlaid(name) for name in adapters)
@@ -171,33 +228,76 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             outputs.append(self._run(x.index_select(0, places[-1]), own))
         return torch.cat(outputs).index_select(0, torch.cat(places).argsort())
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
-        return False
 
-    def __repr__(self) -> str:
-        return "neft." + super().__repr__()
+class NeftParameter(AdaptedWeight):
+    """The adapters of a parameter that its module reads itself."""
 
-    def extra_repr(self) -> str:
-        """How many neurons each adapter has."""
-        counts = {name: len(self.neft_index[name]) for name in self.neft_rows}
-        return ", ".join(f"{name}={count} of {self.layout.count}" for name, count in counts.items())
+    def carrying(self) -> NeuronWeight:
+        """The parameter, with the neurons of the active adapters."""
+        rows, index = self.joined(self.active())
+        neurons: Any = SimpleNamespace(
+            weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
+            trainable=True, disabled=False, refresh=lambda: None,
+        )  # fmt: skip
+        read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
+        return NeuronWeight.of(read, self.held, rows, self.layout, index)
 
 
-def _check_base(layer: NeftLayer, *_: Any) -> None:
-    """Refuse an adapter that was loaded if the vectors that it replaces are not those of its own base."""
-    base: Any = layer.get_base_layer()
-    if layer.merged or not is_plain(base.weight) or base.weight.is_meta:
-        return
-    for adapter in layer.neft_rows:
+class NeftModule(nn.Module):
+    """Wraps a module that reads parameters itself: they carry the neurons of the active adapters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = module
+        self.adapted = nn.ModuleDict()  # by the names of the parameters
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the module's: a parent may read its parameters."""
         try:
-            vectors = layer.vectors(layer.neft_index[adapter])
-            require_base(adapter, layer.name, layer.neft_digest[adapter], vectors)
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "adapted"):
+                raise
+            return self._carrying().get(name, getattr(self.base_layer, name))
+
+    def _carrying(self) -> dict[str, NeuronWeight]:
+        weights: Any = self.adapted.items()
+        return {name: one.carrying() for name, one in weights if one.counts() and one.active()}
+
+    def get_base_layer(self) -> nn.Module:
+        """The module."""
+        return self.base_layer
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As `AdaptedWeight.merge`, of all parameters."""
+        weight: Any
+        for weight in self.adapted.values():
+            weight.merge(safe_merge, adapter_names)
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The module's forward pass with the vectors of the active adapters."""
+        if adapter_names is not None:
+            what = "examples of one batch cannot have adapters of their own for stacked weights"
+            raise UsageError(what, tensor=next(iter(self.adapted)), hint="run them one adapter at a time")
+        carrying = self._carrying()
+        self.base_layer.__dict__.update(carrying)
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for name in carrying:
+                self.base_layer.__dict__.pop(name, None)
+
+
+def _check_base(weight: AdaptedWeight, *_: Any) -> None:
+    """Refuse an adapter that was loaded if the vectors that it replaces are not those of its own base."""
+    held = weight.held
+    if weight.merged or not is_plain(held) or held.is_meta:
+        return
+    for adapter in weight.neft_rows:
+        try:
+            vectors = weight.vectors(weight.neft_index[adapter])
+            require_base(adapter, weight.name, weight.neft_digest[adapter], vectors)
         except MismatchError as error:
-            if base.weight.dtype != torch.float16:
+            if held.dtype != torch.float16:
                 raise
             warnings.warn(f"float16 does not hold the base's values, or {error}", stacklevel=2)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

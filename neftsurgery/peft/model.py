@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +21,13 @@ from ..live.weights import is_plain
 from ..text import some
 from ..tuning.base_checkpoint import find_base
 from ..tuning.forwards import forward_of, keep_gradients
+from ..tuning.install import has_foreign_forward
 from ..tuning.processes import refuse_tensor_parallel
+from ..tuning.weight_plans import unreadable
 from .base_vectors import file_vectors, neurons_in_files, quantization_of
 from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
-from .layer import NeftLayer
+from .layer import AdaptedWeight, NeftLayer, NeftModule, NeftParameter
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class NeftModel(BaseTuner):
     """Chosen neurons as adapters: made by ``get_peft_model(model, NeftConfig(...))``."""
 
     prefix = "neft_"
-    tuner_layer_cls = NeftLayer
+    tuner_layer_cls = AdaptedWeight
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # no defaults: a budget is over the whole model
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -49,42 +51,21 @@ class NeftModel(BaseTuner):
                 name: [len(chosen.index), *chosen.layout.axes]
                 for name, chosen in sorted(self._chosen.items())
             }
-        self._refuse_unsupported(model, config)
+        require_supported(model, {name: axes for name, (_, axes) in config.layouts().items()})
         self._chosen |= _from_files(model, config, self._chosen)
-        config.target_modules = sorted(name.rpartition(".")[0] for name in config.counts)
+        config.target_modules = sorted({name.rpartition(".")[0] for name in config.counts})
+        config.exclude_modules = None  # it has been heeded
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._chosen = {}  # the layers have copies
-
-    def _refuse_unsupported(self, model: nn.Module, config: NeftConfig) -> None:
-        modules = _modules(model)
-        owners: dict[int, list[str]] = {}
-        for path, owner in modules.items():
-            owners.setdefault(id(owner._parameters.get("weight")), []).append(path)
-        for name, (_, axes) in config.layouts().items():
-            own, _, attribute = name.rpartition(".")
-            module = modules.get(own)
-            if module is None:
-                raise MismatchError(
-                    "the model has no such module", tensor=name, hint="use the adapter's own base"
-                )
-            forward, problem = forward_of(module), None
-            if attribute != "weight" or forward is None or forward.kind_of(axes) is None:
-                problem = f"neurons along axes {list(axes)} of a {type(module).__name__} cannot be an adapter"
-            elif others := [path for path in owners[id(module._parameters[attribute])] if path != own]:
-                problem = f"the weight is tied to {others[0]}, and an adapter would change only one of them"
-            elif not forward.covers(module):
-                problem = f"neurons of {own} cannot be an adapter, by its padding, groups or norms"
-            if problem is not None:
-                raise UsageError(problem, tensor=name, hint="leave it out, or use neftsurgery.attach")
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return f"{key}.weight" in peft_config.counts
+        return any(name.rpartition(".")[0] == key for name in peft_config.counts)
 
     def _create_and_replace(
         self,
@@ -96,24 +77,52 @@ class NeftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        name = f"{current_key}.weight"
-        count, axes = peft_config.layouts()[name]
-        chosen = self._chosen.get(name)
-        index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
-        layer = target
-        if not isinstance(layer, NeftLayer):
-            layer = NeftLayer(name, target, axes, quantization_of(self.model, target))
-        if layer.layout.axes != axes:
+        for name, (count, axes) in peft_config.layouts().items():
+            owner, _, attribute = name.rpartition(".")
+            if owner == current_key:
+                weight = self._adapted(parent, target_name, name, attribute, axes)
+                self._add(weight, adapter_name, count, peft_config)
+
+    def _adapted(
+        self, parent: nn.Module, child: str, name: str, attribute: str, axes: tuple[int, ...]
+    ) -> AdaptedWeight:
+        """What holds the adapters of a parameter, put into the model if it is not there."""
+        target: Any = getattr(parent, child)
+        if not isinstance(target, (NeftLayer, NeftModule)):
+            layer = forward_of(target) is not None
+            made = (
+                NeftLayer(name, target, axes, quantization_of(self.model, target))
+                if layer
+                else NeftModule(target)
+            )
+            self._replace_module(parent, child, made, target)
+            target = made
+        if isinstance(target, NeftLayer):
+            return target
+        if attribute not in target.adapted:
+            target.adapted[attribute] = NeftParameter(name, target.base_layer, axes)
+        weight: AdaptedWeight = target.adapted[attribute]
+        return weight
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, NeftModule) or isinstance(new_module, NeftModule):  # PEFT looks for a weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _add(self, weight: AdaptedWeight, adapter: str, count: int, config: NeftConfig) -> None:
+        axes = config.layouts()[weight.name][1]
+        if weight.layout.axes != axes:
             raise UsageError(
-                "the module has an adapter with neurons along another axis",
-                tensor=name,
-                expected=list(layer.layout.axes),
+                "the parameter has an adapter with neurons along another axis",
+                tensor=weight.name,
+                expected=list(weight.layout.axes),
                 found=list(axes),
             )
-        layer.update_layer(adapter_name, index, chosen)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+        chosen = self._chosen.get(weight.name)
+        index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
+        weight.update_layer(adapter, index, chosen)
+        weight.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -122,7 +131,7 @@ class NeftModel(BaseTuner):
         if names is None:
             yield
             return
-        kinds = (NeftLayer, ModulesToSaveWrapper)
+        kinds = (NeftLayer, NeftModule, ModulesToSaveWrapper)
         layers: list[Any] = [one for one in self.modules() if isinstance(one, kinds)]
         batch = next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), len(names))
         if unknown := {*names} - {"__base__", *self.peft_config}:
@@ -147,12 +156,37 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {key.removesuffix(".base_layer"): module for key, module in model.named_modules()}
 
 
+def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise an error unless neurons along these axes of the model's parameters can be an adapter."""
+    modules = _modules(model)
+    owners: dict[int, list[str]] = {}
+    for path, owner in modules.items():
+        for parameter in owner._parameters.values():
+            owners.setdefault(id(parameter), []).append(path)
+    for name, axes in wanted.items():
+        own, _, attribute = name.rpartition(".")
+        module = modules.get(own)
+        parameter = None if module is None else module._parameters.get(attribute)
+        if module is None or parameter is None:
+            raise MismatchError(
+                "the model has no such parameter", tensor=name, hint="use the adapter's own base"
+            )
+        problem = _unsupported(module, attribute, axes)
+        if others := [path for path in owners[id(parameter)] if path != own]:
+            problem = f"the weight is tied to {others[0]}, and an adapter would change only one of them"
+        if problem is not None:
+            raise UsageError(problem, tensor=name, hint="leave it out, or use neftsurgery.attach")
+
+
 def _from_files(
     model: nn.Module, config: NeftConfig, chosen: dict[str, ChosenNeurons]
 ) -> dict[str, ChosenNeurons]:
     """Neurons of quantized weights, with those of the base's files; warns if an adapter had others."""
-    modules: Any = _modules(model)
-    quantized = [name for name in config.counts if not is_plain(modules[name.removesuffix(".weight")].weight)]
+    modules, quantized = _modules(model), []
+    for name in config.counts:
+        owner, _, attribute = name.rpartition(".")
+        if not is_plain(modules[owner]._parameters[attribute]):  # type: ignore[arg-type]  # it was found before
+            quantized.append(name)
     base, found = find_base(model, None) if quantized else None, {}
     if base is not None:
         files, known = fingerprint(base), config.base_fingerprint
@@ -168,10 +202,26 @@ def _from_files(
     return {name: dataclasses.replace(chosen[name], base=vectors) for name, vectors in found.items()}
 
 
+def _unsupported(module: nn.Module, attribute: str, axes: tuple[int, ...]) -> str | None:
+    """Why neurons of a parameter cannot be an adapter; None if they can."""
+    forward, weight = forward_of(module), module._parameters[attribute]
+    assert weight is not None  # the model has it
+    if forward is None and not isinstance(module, nn.RNNBase):
+        return unreadable(module, attribute, not is_plain(weight), has_foreign_forward(module))
+    if forward is None or attribute != "weight" or forward.kind_of(axes) is None:
+        return f"{attribute} along axes {list(axes)} of a {type(module).__name__} cannot be an adapter"
+    return None if forward.covers(module) else "its layer has padding, groups or norms that forbid it"
+
+
 def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose weights a budget may choose from, by the names of these."""
+    """The parameters that a budget may choose from, by name, and their modules.
+
+    They are weights of layers whose way to compute is known, and what other modules read themselves.
+    """
     within = config if config.target_modules else dataclasses.replace(config, target_modules=".*")
     for path, module in _modules(model).items():
-        weight = module._parameters.get("weight")
-        if weight is not None and forward_of(module) and check_target_module_exists(within, path):
-            yield f"{path}.weight", module
+        known = forward_of(module) is not None
+        for attribute, parameter in module._parameters.items():
+            wanted = attribute == "weight" if known else parameter is not None and parameter.dim() > 1
+            if parameter is not None and wanted and check_target_module_exists(within, path):
+                yield f"{path}.{attribute}", module

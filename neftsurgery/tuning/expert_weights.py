@@ -6,7 +6,8 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ class ExpertRows:
         self.index: Sequence[Tensor] = torch.split(index % count, sizes)
         with torch.enable_grad():
             self.rows: tuple[Tensor, ...] = RowsByExpert.apply(self.source, self.positions)  # type: ignore[no-untyped-call]
+
+    def add(self, out: Tensor, x: Tensor, delta: Tensor, tokens: Iterable[Tensor], into: bool) -> None:
+        """Add to ``out`` what ``delta`` makes of ``x``, both ``[tokens, ..]``, for the tokens of each expert.
+
+        ``into``: the neurons are columns of ``out``, or else of ``x``.
+        """
+        for positions, index, here in zip(self.positions, self.index, tokens, strict=True):
+            if not len(index) or not len(here):
+                continue
+            one, given = delta[positions], x[here]
+            if into:
+                out[here[:, None], index] += given @ one.t()
+            else:
+                out.index_add_(0, here, given.index_select(1, index) @ one)
 
     def gradient(self, x: Tensor, grad: Tensor, ends: Sequence[int], outputs: bool) -> Tensor:
         """That of all rows, of the inputs ``x [tokens, in]`` and the outputs' ``grad``, sorted by expert.
@@ -77,6 +92,7 @@ class FrozenExperts(Function):
     """Chosen neurons of stacked linear layers; ``multiply(x, weight)`` is what they compute.
 
     ``ends``: where each expert's tokens end, once the tokens of ``x [..., in]`` are brought into ``order``.
+    ``delta`` is as in `FrozenLinear`.
     """
 
     @staticmethod
@@ -90,10 +106,15 @@ class FrozenExperts(Function):
         multiply: Callable[[Tensor, Tensor], Tensor],
         order: Tensor | None,
         ends: Tensor,
+        delta: Tensor | None,
     ) -> Tensor:
         """``[..., out]``; the weight is ``[E, in, out]``."""
         out = multiply(x, weight).detach()  # no view for autograd, so that it may be changed in place
-        ctx.save_for_backward(x.to(out.dtype), weight if ctx.needs_input_grad[0] else None, order, ends)
+        if delta is not None:
+            out, delta, flat = out.contiguous(), delta.to(out.dtype), x.to(out.dtype).flatten(0, -2)
+            experts.add(out.view(-1, out.shape[-1]), flat, delta, _tokens(order, ends), outputs)
+        kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x.to(out.dtype), kept, delta, order, ends)
         ctx.experts, ctx.outputs, ctx.multiply = experts, outputs, multiply
         return out
 
@@ -101,13 +122,24 @@ class FrozenExperts(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``rows``."""
-        x, weight, order, ends = ctx.saved_tensors
+        x, weight, delta, order, ends = ctx.saved_tensors
         of_x = of_rows = None
         if ctx.needs_input_grad[0]:
             of_x = ctx.multiply(grad.contiguous(), weight.to(grad.dtype).transpose(-2, -1))
+            if delta is not None:
+                of_x, flat = of_x.contiguous(), grad.flatten(0, -2)
+                tokens = _tokens(order, ends)
+                ctx.experts.add(of_x.view(-1, of_x.shape[-1]), flat, delta, tokens, not ctx.outputs)
         if ctx.needs_input_grad[1]:
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
             if order is not None:
                 x, grad = x[order], grad[order]
             of_rows = ctx.experts.gradient(x, grad, ends.tolist(), ctx.outputs)
-        return of_x, of_rows, None, None, None, None, None, None
+        return of_x, of_rows, None, None, None, None, None, None, None
+
+
+def _tokens(order: Tensor | None, ends: Tensor) -> list[Tensor]:
+    """The numbers of each expert's tokens."""
+    last = [0, *ends.tolist()]
+    order = torch.arange(last[-1], device=ends.device) if order is None else order
+    return [order[start:end] for start, end in pairwise(last)]

@@ -50,9 +50,9 @@ def _flat(tensor: Tensor) -> Tensor:
 class FrozenLinear(Function):
     """Chosen outputs or inputs of a linear layer with ``W [out, in]``.
 
-    ``rows`` are rows of ``W``, ``[k, in]``; with ``inputs`` they are its columns, ``[k, out]``. With
-    ``overlaid``, the weight holds the vectors that they replace. What they change is then computed from the
-    difference, so with the weight's own vectors the output is the layer's, to the bit.
+    ``rows`` are rows of ``W``, ``[k, in]``; with ``inputs`` they are its columns, ``[k, out]``. If the weight
+    holds the vectors that they replace, ``delta`` is what they add to these: with zeros the output is the
+    layer's, to the bit.
     """
 
     @staticmethod
@@ -65,24 +65,21 @@ class FrozenLinear(Function):
         index: Tensor,
         transposed: bool,
         inputs: bool,
-        overlaid: bool = False,
+        delta: Tensor | None = None,
     ) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         out = linear(x, weight, bias, transposed)
         kept: Any = None
-        delta = None
-        if overlaid or ctx.needs_input_grad[1]:
+        if delta is not None or ctx.needs_input_grad[1]:
             kept = (_flat(x).index_select(1, index) if inputs else x).to(out.dtype)
-        if overlaid:
-            across = inputs is not transposed
-            held = weight.index_select(1, index).t() if across else weight.index_select(0, index)
-            delta = (rows - held.to(rows.dtype)).to(out.dtype)
+        if delta is not None:
+            delta = delta.to(out.dtype)
             if inputs:
                 _flat(out).addmm_(kept, delta)
             else:
                 _flat(out).index_add_(1, index, _flat(kept) @ delta.t())
         needs_x, needs_rows, *_ = ctx.needs_input_grad
-        picks = None if inputs and not overlaid else index
+        picks = None if inputs and delta is None else index
         ctx.save_for_backward(kept if needs_rows else None, weight if needs_x else None, delta, picks)
         ctx.transposed, ctx.inputs, ctx.rows_dtype = transposed, inputs, rows.dtype
         return out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..live.weights import write_vectors
+from ..live.weights import read_vectors, write_vectors
 from ..neurons.layout import Layout
 from .attached_neurons import AttachedNeurons
 from .expert_weights import ExpertRows, FrozenExperts
@@ -71,17 +71,37 @@ class LinearNeurons(WeightNeurons):
 
     def values(self) -> Tensor:
         """The part with the values of its neurons in it."""
-        (neurons,) = self.attached
         if not isinstance(self.expert, int):
             return self._part(super().values())
-        neurons.refresh()
-        part = neurons.weight.detach()[self.expert]
-        part = part.t() if self.transposed else part
-        if neurons.mode == "overlay" and not neurons.disabled:
+        part = self.frozen()
+        if self.overlaid:
             part = part.clone()
-            rows = neurons.rows.detach()[self.experts[0].positions[self.expert]]
+            (rows, _) = self._chosen()
             write_vectors(part, self.layout, self.index, rows)
         return part
+
+    def _chosen(self) -> tuple[Tensor, Tensor]:
+        """The values of the part's rows, and their numbers in the weight."""
+        (neurons,) = self.attached
+        rows, index = neurons.rows.detach(), neurons.index
+        if isinstance(self.expert, int):
+            positions = self.experts[0].positions[self.expert]
+            return rows[positions], index[positions]
+        return rows, index
+
+    def difference(self) -> Tensor | None:
+        """What the rows add to the vectors in the weight, ``[k, width]``; None if it holds the rows."""
+        if not self.overlaid:
+            return None
+        rows, index = self._chosen()
+        held = read_vectors(self.attached[0].weight.detach(), self.attached[0].layout, index)
+        return rows - held.to(rows.dtype)
+
+    def frozen(self) -> Tensor:
+        """The part of the live weight, which has the neurons' values unless they are `overlaid`."""
+        for neurons in self.attached:
+            neurons.refresh()
+        return self._part(self.attached[0].weight.detach())
 
     def carried(self) -> Tensor:
         """`values`, through which the neurons get their gradient."""
@@ -155,12 +175,16 @@ class LinearNeurons(WeightNeurons):
     def times(self, x: Tensor) -> Tensor:
         """``x @ part`` of a part ``[in, out]``."""
         inputs = self.layout.axes == (0,)
-        return apply_function(FrozenLinear, x, self.rows, self.values(), None, self.index, True, inputs)
+        return self._product(x, None, True, inputs)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ part.T + bias`` of a part ``[out, in]``."""
         inputs = self.layout.axes == (1,)
-        return apply_function(FrozenLinear, x, self.rows, self.values(), bias, self.index, False, inputs)
+        return self._product(x, bias, False, inputs)
+
+    def _product(self, x: Tensor, bias: Tensor | None, transposed: bool, inputs: bool) -> Tensor:
+        arguments = (x, self.rows, self.frozen(), bias, self.index, transposed, inputs, self.difference())
+        return apply_function(FrozenLinear, *arguments)
 
     def times_each(
         self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], ends: Tensor | None = None
@@ -176,9 +200,9 @@ class LinearNeurons(WeightNeurons):
             ends = ids.bincount(minlength=count).cumsum(0) * x.shape[1]
         elif ends is None:
             ends = torch.arange(1, count + 1) * x.shape[1]
-        weight = replace(self, expert=None).values()
+        weight = replace(self, expert=None).frozen()
         arguments = (x, self.rows, weight, self.by_expert, self.layout.axes[1] == 2, multiply, order, ends)
-        return apply_function(FrozenExperts, *arguments)
+        return apply_function(FrozenExperts, *arguments, self.difference())
 
 
 def _is_stack(layout: Layout) -> bool:

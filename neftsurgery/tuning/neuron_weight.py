@@ -71,6 +71,11 @@ class WeightNeurons:
         """The neurons that are trained."""
         return next((each for each in self.attached if each.trainable and not each.disabled), None)
 
+    @property
+    def overlaid(self) -> bool:
+        """Whether the live weight lacks values of some neurons."""
+        return any(each.mode == "overlay" and not each.disabled for each in self.attached)
+
     def values(self) -> Tensor:
         """The weight with the values of all neurons in it: itself, or a copy where it is overlaid."""
         for neurons in self.attached:
@@ -146,7 +151,7 @@ class NeuronWeight(Tensor):
         if name == "requires_grad":
             return torch.is_grad_enabled() and args[0].neurons.trainable is not None
         for argument in (*args, *(kwargs or {}).values()):
-            if isinstance(argument, NeuronWeight) and torch.is_grad_enabled():
+            if isinstance(argument, NeuronWeight) and (torch.is_grad_enabled() or argument.neurons.overlaid):
                 out = argument.neurons.compute(name, func, args, kwargs or {})
                 if out is not NotImplemented:
                     return out

@@ -218,7 +218,7 @@ def _plan_layer(
             _check_shape(name, layout, (module.out_features, module.in_features))
         return forward, kind
     quantized = not plain or (forward is not None and forward.quantized)
-    if (problem := _unreadable(use, quantized, foreign)) is not None:
+    if (problem := unreadable(module, use.attribute, quantized, foreign)) is not None:
         raise UsageError(
             f"these neurons cannot be trained: {problem}",
             tensor=name,
@@ -227,14 +227,16 @@ def _plan_layer(
     return None, None
 
 
-def _unreadable(use: _ParameterUse, quantized: bool, foreign: bool) -> str | None:
-    """Why the weight cannot carry neurons for what reads it; None if it can."""
-    module: Any = use.module
+def unreadable(module: nn.Module, attribute: str, quantized: bool, foreign: bool) -> str | None:
+    """Why a weight cannot carry neurons for what reads it; None if it can.
+
+    ``foreign``: whether another tool replaced the module's forward pass.
+    """
     if getattr(module, "max_norm", None) is not None:
         return "its module uses max_norm, which changes the weight in every forward pass"
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit has compiled its module"
-    if isinstance(inspect.getattr_static(type(module), use.attribute, None), property):
+    if isinstance(inspect.getattr_static(type(module), attribute, None), property):
         return "its module hides it behind a property"
     if quantized and foreign:
         return "it is quantized or sharded, and another tool replaced its module's forward pass"

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     NomicBertConfig,
     NomicBertModel,
     ViTConfig,
@@ -36,6 +38,8 @@ def make(kind: str, folder: Path) -> Any:
         model: Any = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).bfloat16()
     elif kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+    elif kind == "mixtral":  # its files have a tensor for each expert
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=3, vocab_size=64))
     elif kind == "nomic":  # a tensor of its files is the weights of three layers
         model = NomicBertModel(NomicBertConfig(**sizes, vocab_size=64))
     else:  # its files have other names than the live model
@@ -60,7 +64,7 @@ def trained_adapter(model: Any, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "nomic", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "nomic", "vit"])
 def test_an_adapter_is_a_patch(kind: str, tmp_path: Path) -> None:
     model = trained_adapter(make(kind, tmp_path / "base"), tmp_path / "adapter")
     patch = ns.Patch.from_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "patch.safetensors")
@@ -72,7 +76,7 @@ def test_an_adapter_is_a_patch(kind: str, tmp_path: Path) -> None:
     assert ns.verify(tmp_path / "base", patch).state == "base"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "nomic", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "nomic", "vit"])
 def test_a_patch_is_an_adapter(kind: str, tmp_path: Path) -> None:
     trained_adapter(make(kind, tmp_path / "base"), tmp_path / "first")
     patch = ns.Patch.from_adapter(tmp_path / "first", tmp_path / "base", tmp_path / "patch.safetensors")

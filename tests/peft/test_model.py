@@ -16,12 +16,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import neftsurgery as ns
 from neftsurgery.errors import NeftError
 from neftsurgery.peft.config import NeftConfig
-from neftsurgery.peft.layer import NeftLayer
+from neftsurgery.peft.layer import AdaptedWeight
 
 # PEFT calls deprecated functions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -49,6 +51,14 @@ def gpt2() -> Any:
             tie_word_embeddings=False,
         )
     ).double()
+
+
+def mixtral(implementation: str = "batched_mm") -> Any:
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 64}
+    model = MixtralForCausalLM(MixtralConfig(**sizes)).double()
+    model.set_experts_implementation(implementation)
+    return model
 
 
 class Convolutions(nn.Module):
@@ -80,10 +90,11 @@ def trained(model: Any, steps: int = 2) -> Any:
     return model
 
 
-def layers(model: nn.Module) -> dict[str, NeftLayer]:
-    found = {name: one for name, one in model.named_modules() if isinstance(one, NeftLayer)}
+def layers(model: nn.Module) -> dict[str, AdaptedWeight]:
+    """What holds the adapters of each parameter, by its name."""
+    found = {one.name: one for one in model.modules() if isinstance(one, AdaptedWeight)}
     assert found
-    return {name.removeprefix("base_model.model."): one for name, one in found.items()}
+    return found
 
 
 CASES = {
@@ -93,6 +104,10 @@ CASES = {
     "columns": (llama, {"neurons": 30, "anatomy": "ffn"}),
     "Conv1D": (gpt2, {"neurons": "10%"}),
     "embedding": (gpt2, {"neurons": "20%", "include": ["*wte.weight"], "target_modules": ["wte"]}),
+    "experts": (mixtral, {"neurons": "20%"}),
+    "columns of experts": (mixtral, {"params": "20%", "anatomy": "units", "target_modules": ["experts"]}),
+    "experts one by one": (lambda: mixtral("eager"), {"params": "20%", "anatomy": "ffn"}),
+    "a router": (mixtral, {"neurons": 12, "include": ["*mlp.gate.weight"], "target_modules": ["gate"]}),
 }
 
 
@@ -109,9 +124,9 @@ def test_gradients_are_those_of_plain_torch(case: str) -> None:
     model(input_ids=IDS).logits.square().mean().backward()
     plain(input_ids=IDS).logits.square().mean().backward()
     for name, layer in layers(model).items():
-        gradient = plain.get_submodule(name).weight.grad
-        axis = layer.layout.axes[0]
-        expected = gradient.movedim(axis, 0)[layer.neft_index["default"]].flatten(1)
+        gradient, axes = plain.get_parameter(name).grad, layer.layout.axes
+        first = gradient.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
+        expected = first[layer.neft_index["default"]].flatten(1)
         rows = layer.neft_rows["default"]
         torch.testing.assert_close(rows.grad, expected.to(rows.dtype), rtol=1e-9, atol=1e-15)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "neft_rows" not in n)
@@ -128,7 +143,7 @@ def test_a_merged_model_computes_the_same(case: str) -> None:
     torch.testing.assert_close(logits(model), before)
     model.unmerge_adapter()
     for name, layer in layers(model).items():
-        assert torch.equal(layer.get_base_layer().weight, base.get_submodule(name).weight), name
+        assert torch.equal(layer.held, base.get_parameter(name)), name
     merged = model.merge_and_unload(safe_merge=True)
     torch.testing.assert_close(logits(merged), before)
     assert {type(one) for one in merged.modules()} == {type(one) for one in base.modules()}
@@ -300,7 +315,9 @@ def test_a_budget_is_settled_over_the_whole_model() -> None:
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             weight = module.weight.detach()
-            scored += [(norm, name, row) for row, norm in enumerate((weight.square().mean(1)).tolist())]
+            scored += [
+                (norm, f"{name}.weight", row) for row, norm in enumerate((weight.square().mean(1)).tolist())
+            ]
     best = {(name, row) for _, name, row in sorted(scored, reverse=True)[:50]}
     found = {
         (name, row) for name, layer in layers(model).items() for row in layer.neft_index["default"].tolist()
@@ -324,7 +341,7 @@ def test_neurons_of_a_file(tmp_path: Path) -> None:
     chosen = get_peft_model(
         copy.deepcopy(model), NeftConfig(selection=str(tmp_path / "selection.safetensors"))
     )
-    counts = {f"{name}.weight": len(layer.neft_index["default"]) for name, layer in layers(chosen).items()}
+    counts = {name: len(layer.neft_index["default"]) for name, layer in layers(chosen).items()}
     assert counts == selection.counts
     assert torch.equal(logits(chosen), logits(model))
     config = NeftConfig(selection=str(tmp_path / "patch.safetensors"))
@@ -354,7 +371,7 @@ def test_bad_configs_change_nothing(config: dict[str, Any], problem: str) -> Non
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     trained(get_peft_model(llama(), NeftConfig(neurons="10%"))).save_pretrained(tmp_path)
-    with pytest.raises(NeftError, match="no such module"):
+    with pytest.raises(NeftError, match="no such parameter"):
         PeftModel.from_pretrained(gpt2(), tmp_path)
 
 
@@ -364,3 +381,65 @@ def test_a_tied_weight_is_refused() -> None:
         get_peft_model(
             model, NeftConfig(neurons=3, include=["*embed_tokens.weight"], target_modules=["embed_tokens"])
         )
+
+
+def test_adapters_of_stacked_experts(tmp_path: Path) -> None:
+    """Of other parameters of one module, added in any order, and several at a time."""
+    base = mixtral()
+    both = NeftConfig(params="20%", target_modules=["experts"], seed=1)
+    base.save_pretrained(tmp_path / "base")
+    chosen = ns.diff(tmp_path / "base", score="norm", only=["*.w2.weight"]).select(neurons="20%")
+    chosen.save(tmp_path / "down.safetensors")
+    down = NeftConfig(selection=str(tmp_path / "down.safetensors"))
+    model = get_peft_model(copy.deepcopy(base), down, adapter_name="down")
+    trained(model)
+    one = logits(model)
+    model.add_adapter("both", both)
+    assert torch.equal(logits(model), one)
+    model.set_adapter("both")
+    trained(model)
+    two = logits(model)
+    assert not torch.allclose(one, two)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    for name, expected in (("down", one), ("both", two)):
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        loaded = PeftModel.from_pretrained(mixtral(), tmp_path / name)
+        assert torch.equal(logits(loaded), expected)
+    with pytest.raises(NeftError, match="stacked weights"):
+        logits(model.eval(), adapter_names=["down", "both"])
+    model.delete_adapter("down")
+    assert torch.equal(logits(model), two)
+    assert type(model.unload().model.layers[0].mlp.experts) is type(base.model.layers[0].mlp.experts)
+
+
+def test_experts_are_recomputed_in_the_backward_pass() -> None:
+    models = [get_peft_model(mixtral("eager"), NeftConfig(params="20%")) for _ in range(2)]
+    models[1].gradient_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for model in models:
+        model.train()(input_ids=IDS).logits.square().mean().backward()
+        gradients.append({name: one.neft_rows["default"].grad for name, one in layers(model).items()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_what_reads_a_parameter_from_outside_finds_the_neurons() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)  # reads the weight of its last layer itself
+    x = torch.randn(2, 3, 8)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = copy.deepcopy(attention)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+
+    model = get_peft_model(Model(), NeftConfig(neurons=3, anatomy="rows", target_modules=["out_proj"]))
+    (weight,) = layers(model).values()
+    model(x).square().mean().backward()
+    attention(x, x, x, need_weights=False)[0].square().mean().backward()
+    index, rows = weight.neft_index["default"], weight.neft_rows["default"]
+    torch.testing.assert_close(rows.grad, attention.out_proj.weight.grad[index])

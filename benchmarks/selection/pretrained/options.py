@@ -43,7 +43,7 @@ class Setting:
 _STARTS = {"full": -4, "lora": 0, "shira": 0, "bitfit": 2, "rows": 0, "units": 1}
 SETTINGS = {
     "minilm": Setting(
-        ("trec", "sst2", "subj", "cr"), (480, 48), 128, 320, 24, 16, (10, 30, 100), 30, _STARTS
+        ("trec", "sst2", "subj", "cr"), (1600, 48), 128, 320, 24, 16, (10, 30, 100), 30, _STARTS
     ),
     "smollm2": Setting(
         ("gsm8k",), (240,), 24, 48, 128, 4, (10, 30, 60), 10,

