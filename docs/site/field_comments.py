@@ -13,7 +13,8 @@ class FieldComments(griffe.Extension):
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
         """See `griffe.Extension`."""
-        if attr.docstring or not isinstance(node, ast.AnnAssign):
+        declared = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Fact(")
+        if attr.docstring or not (declared or isinstance(node, ast.AnnAssign)):
             return
         lines = attr.lines_collection[attr.filepath]
         behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +20,6 @@ from ..text import lines, plural
 from .base_model import base_of, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Files, Repository, read_repository, send_commit
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +179,7 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
             reached. The branch is as it was.
     """
     plan = plan_push(patch, repo, **options)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run()
 
 

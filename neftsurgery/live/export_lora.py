@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -14,8 +13,6 @@ from ..surgery.export import ExportPlan, ExportResult, plan_export
 from ..surgery.lora_modules import LivePlaces
 from ..surgery.verb import running, warn
 from ..version import install_command
-
-log = logging.getLogger(__name__)
 
 
 class _Options(ExportOptions, RunOptions):
@@ -59,7 +56,7 @@ def export_lora(
     """
     form, rest = split("export_lora", options, ExportOptions, RunOptions)
     plan = plan_lora(patch, out, base=base, force=force, **form)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**running(rest))
 
 

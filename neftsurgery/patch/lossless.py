@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..coding.blocks import Form
 from ..errors import boundary
 from ..neurons.tensor_names import layer_and_kind
 from ..sources.resolve import Source
-from ..tensors.document import bad
+from ..tensors.document import Fact, bad
 from ..tensors.reader import TensorFile
 from ..text import percent, plural, size
 from .delta import ENTRIES, Delta
@@ -36,6 +36,14 @@ class StoredWeights:
     forms: dict[str, int] = field(default_factory=dict)  # tuned bytes by the form of their blocks
 
 
+def _is_true(value: object) -> bool:
+    return value is True
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
 class LosslessPatch(PatchFile):
     """A file with the difference of two checkpoints. Made by `extract` with ``lossless``."""
 
@@ -43,9 +51,13 @@ class LosslessPatch(PatchFile):
     forward: Delta  # the way from the base to the tuned checkpoint
     backward: Delta | None = None  # the way back, in a reversible patch
     neurons = 0  # it counts none
+    tuned = Fact(Provenance.from_json, "manifest")  # the checkpoint it makes
+    fast = Fact(_is_true, "manifest")  # whether all forms decode about as fast as memory is copied
+    weights_only = Fact(_is_true, "manifest")  # whether files beside the weights were left out
+    not_carried = Fact(_names, "manifest")  # files beside the tuned weights that it does not hold
 
     def __init__(
-        self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
+        self, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
     ) -> None:
         super().__init__(file, manifest, source)
         code = file.tensors.get("code")
@@ -53,7 +65,7 @@ class LosslessPatch(PatchFile):
             raise bad(file, _WHAT, "it has no code")
         self.forward = Delta(file, "forward")
         ways = [self.forward]
-        if manifest.get("reversible") is True:
+        if self.manifest.get("reversible") is True:
             self.backward = Delta(file, "backward", self.forward.code_end)
             ways.append(self.backward)
         if ways[-1].code_end != code.shape[0]:
@@ -61,12 +73,7 @@ class LosslessPatch(PatchFile):
         prefixes = ("forward", "backward")[: len(ways)]
         if file.tensors.keys() - {f"{prefix}:{name}" for prefix in prefixes for name in ENTRIES} != {"code"}:
             raise bad(file, _WHAT, "it has entries that belong to nothing")
-        require_seal(file, manifest, (part for way in ways for part in way.index_bytes()))
-
-    @property
-    def tuned(self) -> Provenance:
-        """The checkpoint it makes."""
-        return Provenance.from_json(self.manifest.get("tuned"))
+        require_seal(file, self.manifest, (part for way in ways for part in way.index_bytes()))
 
     @property
     def what(self) -> str:
@@ -77,22 +84,6 @@ class LosslessPatch(PatchFile):
     def reversible(self) -> bool:
         """Whether it holds the way back."""
         return self.backward is not None
-
-    @property
-    def fast(self) -> bool:
-        """Whether it has only forms that decode about as fast as memory is copied."""
-        return self.manifest.get("fast") is True
-
-    @property
-    def weights_only(self) -> bool:
-        """Whether files beside the weights were left out."""
-        return self.manifest.get("weights_only") is True
-
-    @property
-    def not_carried(self) -> tuple[str, ...]:
-        """Files beside the tuned weights that it does not hold."""
-        found = self.manifest.get("not_carried")
-        return tuple(str(name) for name in found) if isinstance(found, list) else ()
 
     def forms(self) -> dict[str, dict[str, int]]:
         """By form, in how many blocks it is used, of how many bytes, and in how many bytes of code."""

@@ -117,9 +117,14 @@ class Patch(PatchFile):
     kind = "neurons"
     tensors: dict[str, PatchTensor]  # what it touches, ordered by name
     groups: list[RowGroup]  # which of these are the codes and scales of one quantized weight
+    facts = Fact(SelectionFacts.from_json, "manifest", "selection")  # how its neurons were chosen
+    training = Fact(Facts.from_json, "manifest")  # how its values were trained; empty if not recorded
 
-    def __init__(self, file: TensorFile, manifest: Mapping[str, Any], source: Source | None = None) -> None:
+    def __init__(
+        self, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
+    ) -> None:
         super().__init__(file, manifest, source)
+        manifest = self.manifest
         self.tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
         self._places = _require_entries(file, manifest, self.tensors)
         self.groups = []
@@ -170,16 +175,6 @@ class Patch(PatchFile):
     def what(self) -> str:
         """What it holds, in a few words."""
         return f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
-
-    @property
-    def facts(self) -> SelectionFacts:
-        """How its neurons were chosen, as far as that is known."""
-        return Manifest(self.manifest).selection
-
-    @property
-    def training(self) -> Facts:
-        """How its values were trained; empty if that is not recorded."""
-        return Manifest(self.manifest).training
 
     @property
     def selection(self) -> Selection:

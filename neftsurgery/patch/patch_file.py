@@ -15,7 +15,7 @@ from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..errors import CorruptFileError, MismatchError, boundary
 from ..sources.resolve import Source, resolve_file
 from ..tensors.arrays import RawBytes
-from ..tensors.document import dump, read_document
+from ..tensors.document import Fact, dump, read_document
 from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, printable
 
@@ -69,12 +69,14 @@ class PatchFile(FileBacked, ABC):
     """A file that holds a patch of either kind, and what was named to open it."""
 
     kind: ClassVar[str]
+    base = Fact(Provenance.from_json, "manifest")  # what it was made from, as far as that is known
 
     def __init__(
-        self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
+        self, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
     ) -> None:
+        """Of an open file, which the new object takes over; its manifest if it is known."""
         super().__init__(file)
-        self.manifest = manifest  # the JSON document of the file
+        self.manifest = manifest or read_manifest(file)  # the JSON document of the file
         self.source = source  # what was named to open it; None for a patch that was made here
 
     @classmethod
@@ -93,13 +95,6 @@ class PatchFile(FileBacked, ABC):
             MachineError: If it cannot be read, or the Hub refuses or cannot be reached.
         """
         return open_patch(named, (cls,))
-
-    @classmethod
-    def read(
-        cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
-    ) -> Self:
-        """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
-        return cls(file, manifest or read_manifest(file), source)
 
     @property
     def name(self) -> str:
@@ -133,11 +128,6 @@ class PatchFile(FileBacked, ABC):
         undo = "reversible" if self.reversible else "not reversible: revert needs the base"
         return lines([*about, f"  made from {self.base.label or 'unknown'}; {undo}"])
 
-    @property
-    def base(self) -> Provenance:
-        """The checkpoint it was made from, as far as that is known."""
-        return Provenance.from_json(self.manifest.get("base"))
-
 
 _File = TypeVar("_File", bound=PatchFile)
 
@@ -151,7 +141,7 @@ def open_patch(named: str | os.PathLike[str] | Source, kinds: Sequence[type[_Fil
         kind = "neurons" if manifest["version"] == 1 else manifest["kind"]
         for one in kinds:
             if one.kind == kind:
-                return one.read(file, manifest, source)
+                return one(file, manifest, source)
         raise other_kind(kind, file.path)
     except (CorruptFileError, MismatchError) as error:
         if source.repo is not None and error.file == str(source.path):

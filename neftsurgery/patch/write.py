@@ -75,7 +75,7 @@ class NewPatch:
             writer = PatchWriter(written, self)
             yield writer
             writer.finish()
-        writer.patch = Patch.read(written.reader())
+        writer.patch = Patch(written.reader())
 
 
 class PatchWriter:

@@ -87,9 +87,10 @@ def read_scored(file: TensorFile, name: str, entry: object) -> NeuronTensor:
 
 
 def read_companion_biases(
-    file: TensorFile, version: int, unscored: object, tensors: Mapping[str, NeuronTensor]
-) -> Iterator[tuple[str, CompanionBias]]:
-    """The unscored tensors whose changes are recorded element by element."""
+    file: TensorFile, facts: Mapping[str, Any], tensors: Mapping[str, NeuronTensor]
+) -> dict[str, CompanionBias]:
+    """The unscored tensors whose changes are recorded element by element, by name."""
+    unscored, found = facts.get("unscored", {}), dict[str, CompanionBias]()
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
     counts: dict[str, set[int]] = {}
@@ -102,11 +103,12 @@ def read_companion_biases(
         delta = 0.0 if entry.get("delta_sq") is None else entry["delta_sq"]
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
-        if "neuron_axes" in entry if version > 1 else f"{name}:changed" in file.tensors:
+        if "neuron_axes" in entry if facts["version"] > 1 else f"{name}:changed" in file.tensors:
             info, layout = described_tensor(file, WHAT, name, entry)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
-            yield name, CompanionBias(info, layout, entry.get("included") is True)
+            found[name] = CompanionBias(info, layout, entry.get("included") is True)
+    return found
 
 
 def arranged(

@@ -20,12 +20,11 @@ from ..selection.budget import Budget
 from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
 from ..tensors.arrays import Float32Array, Int64Array
-from ..tensors.document import Facts, bad, read_document
+from ..tensors.document import Fact, Facts, as_number, bad, read_document
 from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, plural, printable, size
 from .scored_tensors import (
     WHAT,
-    CompanionBias,
     ScoreArrays,
     SumBatch,
     Unscored,
@@ -39,22 +38,42 @@ SCORES_VERSION = 2
 _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
 
 
+def _stated(value: object) -> str:
+    return "unknown" if value is None else str(value)
+
+
 class Scores(FileBacked):
     """An open scores file: what was scored is in memory, the numbers are read when asked for."""
 
-    def __init__(
-        self,
-        file: TensorFile,
-        facts: Mapping[str, object],
-        tensors: Mapping[str, NeuronTensor],
-        companion_biases: Mapping[str, CompanionBias],
-        arrays: ScoreArrays,
-    ) -> None:
+    score = Fact(_stated, "facts")  # which score
+    anatomy = Fact(_stated, "facts")  # which anatomy: ``rows``, ``ffn`` or ``units``
+    base = Fact(Provenance.from_json, "facts")  # the base, as far as it is known
+    tuned = Fact(Provenance.from_json, "facts")  # the fine-tuned checkpoint, as far as it is known
+    nonfinite = Fact(lambda count: int(as_number(count) or 0), "facts")  # neurons that hold a NaN or Inf
+    #: Which sides, ``base`` or ``tuned``, store scored weights as codes.
+    quantized = Fact(lambda sides: frozenset({"base", "tuned"} & Facts.from_json(sides).keys()), "facts")
+
+    def __init__(self, file: TensorFile) -> None:
+        """Of an open file, which the new object takes over; raises as `load`."""
         super().__init__(file)
+        facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
+        if facts["version"] > 1:  # tens of thousands of tensors share a few descriptions
+            try:
+                known = dict(enumerate(facts.pop("descriptions")))
+                facts["tensors"] = {name: known[number] for name, number in facts["tensors"].items()}
+            except (KeyError, TypeError) as error:
+                raise bad(file, WHAT, "a tensor has no description") from error
         self.facts = Facts(facts)  # the file's JSON document
-        self.tensors = tensors  # those that are scored, ordered by name
-        self.companion_biases = companion_biases  # those of one-element neurons whose changes are recorded
-        self._arrays = arrays
+        self.tensors = read_all_scored(file, facts["tensors"])  # ordered by name
+        #: Those of one-element neurons whose changes are recorded.
+        self.companion_biases = read_companion_biases(file, facts, self.tensors)
+        for which, least in (("parameters", 1), ("nonfinite", 0)):
+            count = facts.get(which, least)
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise bad(file, WHAT, f"{which} is not a count")
+        if sum(tensor.info.elements for tensor in self.tensors.values()) >= _MAX_ELEMENTS:
+            raise bad(file, WHAT, "there are more elements than a model can have")
+        self._arrays = ScoreArrays.checked(file, facts, self.tensors, self.companion_biases)
 
     @classmethod
     @boundary
@@ -63,29 +82,7 @@ class Scores(FileBacked):
 
         A `CorruptFileError` says that it is not a scores file, or damaged.
         """
-        return cls.read(TensorFile.named(path, SCORES_KEY))
-
-    @classmethod
-    def read(cls, file: TensorFile) -> Scores:
-        """The scores in an open file, which the new object takes over."""
-        facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
-        if facts["version"] > 1:  # tens of thousands of tensors share a few descriptions
-            try:
-                known = dict(enumerate(facts.pop("descriptions")))
-                facts["tensors"] = {name: known[number] for name, number in facts["tensors"].items()}
-            except (KeyError, TypeError) as error:
-                raise bad(file, WHAT, "a tensor has no description") from error
-        tensors = read_all_scored(file, facts["tensors"])
-        unscored = facts.get("unscored", {})
-        companion_biases = dict(read_companion_biases(file, facts["version"], unscored, tensors))
-        for which, least in (("parameters", 1), ("nonfinite", 0)):
-            count = facts.get(which, least)
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise bad(file, WHAT, f"{which} is not a count")
-        if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
-            raise bad(file, WHAT, "there are more elements than a model can have")
-        arrays = ScoreArrays.checked(file, facts, tensors, companion_biases)
-        return cls(file, facts, tensors, companion_biases, arrays)
+        return cls(TensorFile.named(path, SCORES_KEY))
 
     def __repr__(self) -> str:
         return printable(f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>")
@@ -118,36 +115,6 @@ class Scores(FileBacked):
     def batches(self, *which: str) -> Iterator[SumBatch]:
         """The named sums of all tensors that have them, many tensors at a time."""
         return batches(self._arrays, self.tensors.values(), which)
-
-    @property
-    def score(self) -> str:
-        """Which score."""
-        return str(self.facts.get("score", "unknown"))
-
-    @property
-    def anatomy(self) -> str:
-        """Which anatomy: ``rows``, ``ffn`` or ``units``."""
-        return str(self.facts.get("anatomy", "unknown"))
-
-    @property
-    def base(self) -> Provenance:
-        """The base, as far as it is known."""
-        return Provenance.from_json(self.facts.get("base"))
-
-    @property
-    def tuned(self) -> Provenance:
-        """The fine-tuned checkpoint, as far as it is known."""
-        return Provenance.from_json(self.facts.get("tuned"))
-
-    @property
-    def quantized(self) -> frozenset[str]:
-        """Which sides, ``base`` or ``tuned``, store scored weights as codes."""
-        return frozenset({"base", "tuned"} & Facts.from_json(self.facts.get("quantized")).keys())
-
-    @property
-    def nonfinite(self) -> int:
-        """How many neurons hold a NaN or Inf."""
-        return int(self.facts.number("nonfinite") or 0)
 
     @cached_property
     def unscored(self) -> Mapping[str, Unscored]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,8 +31,6 @@ from .rebuild import RebuildPlan, plan_rebuild
 from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, rows_by_file
 from .verb import named_base, other_base, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
-
-log = logging.getLogger(__name__)
 
 
 @boundary
@@ -77,7 +74,7 @@ def apply(
     if in_place:
         undo_unfinished(base)
     plan = plan_apply(base, patches, to=to, sha256=sha256, out=out, in_place=in_place, force=force, **run)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**run)
 
 
@@ -108,14 +105,14 @@ def revert(
     if in_place:
         undo_unfinished(checkpoint)
     plan = plan_revert(checkpoint, patch, base=base, out=out, in_place=in_place, force=force, **run)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**run)
 
 
 def undo_unfinished(checkpoint: AnyPath) -> None:
     """Undo an interrupted change in place if this user's commands made it; else a `MachineError`."""
     if (healed := heal_recorded(checkpoint)) is not None:
-        log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
+        warn(__name__, [f"{healed.checkpoint}: a change in place was interrupted; it is undone"])
 
 
 def plan_apply(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -44,8 +43,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, open_sides, pair
 from .verb import running, warn
-
-log = logging.getLogger(__name__)
 
 _BATCH, _MOST = 1 << 16, 1 << 19  # neurons whose numbers are written at once, if possible and in any case
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
@@ -112,7 +109,7 @@ class DiffPlan:
                 written.finish(
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
-            scores = Scores.read(written.reader())
+            scores = Scores(written.reader())
         watch.bytes_read += self.pair.nbytes if limits.executor else 0
         scores.timing = watch.timing
         return scores
@@ -185,7 +182,7 @@ def diff(
     run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)
     plan = plan_diff(base, tuned, out=out, force=force, sums=sums, **compare)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**machine)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,8 +49,6 @@ from .lossless import CodingAndRun, LosslessPlan, plan_lossless
 from .pairing import open_sides, pair
 from .quantized_rows import stored_rows
 from .verb import running, warn
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ def extract(
     run, kept = split("extract", options, RunAnywhereOptions, ExtractOptions)
     machine = running(run)
     plan = plan_extract(base, tuned, selection, scores=scores, reversible=reversible, **machine, **kept)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**machine)
 
 

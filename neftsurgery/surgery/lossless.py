@@ -122,7 +122,7 @@ class LosslessPlan:
                 written.finish(sealed(manifest, [part for way in ways for part in way.write(written)]))
                 for model in (self.base, self.tuned):
                     model.weights.check_unchanged()
-        patch = LosslessPatch.read(written.reader())
+        patch = LosslessPatch(written.reader())
         watch.bytes_read = self.base.weights.bytes_read + self.tuned.weights.bytes_read
         patch.timing = watch.timing
         return patch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +30,6 @@ from .chains import plan_chain
 from .lossless import CodingAndRun, LosslessPlan
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
 from .verb import base_rows, named_base, other_base, running, warn
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def merge(patches: Sequence[AnyPatch], **options: Unpack[AnyMergeOptions]) -> Pa
             read or written.
     """
     plan = plan_merge(patches, **options)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**running(options))
 
 

@@ -67,10 +67,10 @@ def check_sha256(given: str | Sequence[str] | None, patches: int) -> list[str | 
     return [one.lower() for one in wanted] or [None] * patches
 
 
-def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
-    """Log what a plan found, in the words of Python."""
+def warn(module: str, warnings: Sequence[str]) -> None:
+    """Log what a plan found, in the words of Python, as of the ``module`` of the verb."""
     for warning in warnings:
-        log.warning("%s", printable(spelled(warning, keyword)))
+        logging.getLogger(module).warning("%s", printable(spelled(warning, keyword)))
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:

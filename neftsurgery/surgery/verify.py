@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -100,8 +99,6 @@ def whole_state(checkpoint: Checkpoint, patch: LosslessPatch, states: Mapping[st
         return "base"
     return "mixed"
 
-
-log = logging.getLogger(__name__)
 
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
@@ -328,7 +325,7 @@ def verify(
         CorruptFileError: If the patch does not match its own hashes, or a file is damaged.
     """
     plan = plan_verify(checkpoint, patch)
-    warn(log, plan.warnings)
+    warn(__name__, plan.warnings)
     return plan.run(**run_keywords("verify", options))
 
 

@@ -64,15 +64,19 @@ class Facts(Mapping[str, object]):
 
 
 class Fact(Generic[Value]):
-    """A property of `Facts`: what ``read`` makes of the value under its own name, or of None."""
+    """A property of `Facts`, or of an object with some in its attribute ``of``.
 
-    def __init__(self, read: Callable[[object], Value]) -> None:
-        self._read = read
+    It is what ``read`` makes of the value under the ``key``, by default the property's name, or of None.
+    """
+
+    def __init__(self, read: Callable[[object], Value], of: str = "", key: str = "") -> None:
+        self._read, self._of, self._key = read, of, key
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._key = name
+        self._key = self._key or name
 
-    def __get__(self, facts: Facts, owner: type) -> Value:
+    def __get__(self, holder: Any, owner: type) -> Value:
+        facts = getattr(holder, self._of) if self._of else holder
         return self._read(facts.get(self._key))
 
 

@@ -176,7 +176,7 @@ def write_scores(
         for name, ids in units.items():
             written.write("unit", starts[name], ids)
         written.finish(metadata)
-    return Scores.read(written.reader())
+    return Scores(written.reader())
 
 
 def probe(

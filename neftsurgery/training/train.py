@@ -71,8 +71,7 @@ def train(
     plan = plan_train(
         recipe, overrides, force=force, resume=resume, restart=restart, limits=limits, progress=progress
     )
-    warn(_log, plan.warnings)
-
+    warn(__name__, plan.warnings)
     return plan.run(limits=limits, progress=progress, report=partial(_log.info, "%s: %s"), note=_log.info)
 
 
