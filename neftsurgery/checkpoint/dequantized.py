@@ -101,16 +101,6 @@ class Dequantized(ComputedWeights):
 
         return matrix
 
-    def showing(self, infos: Mapping[str, TensorInfo], straight: Iterable[str]) -> Dequantized:
-        """The same, with some tensors in other dtypes and orders."""
-        widened = {name: None for name in infos if name not in self.quantized}
-        return replace(
-            self,
-            tensors={**self.tensors, **infos},
-            shown={**self.shown, **widened},
-            straight=frozenset(straight),
-        )
-
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its quantized weights as numbers; itself, if none is of a known layout.
@@ -190,9 +180,12 @@ def in_common_numbers(
         infos[name] = info
     if not infos:
         return base, tuned, frozenset()
-    views = [side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned)]
-    first, second = (view.showing(infos, straight) for view in views)
-    return first, second, frozenset(straight)
+    order, widened = frozenset(straight), dict.fromkeys(infos)  # those without codes are only widened
+    first, second = (
+        replace(view, tensors={**view.tensors, **infos}, shown={**widened, **view.shown}, straight=order)
+        for view in (side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned))
+    )
+    return first, second, order
 
 
 def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWeight, CodedWeight] | None:

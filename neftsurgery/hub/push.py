@@ -16,7 +16,7 @@ from ..sources.hub_client import page
 from ..sources.hub_id import HubId, is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import lines, plural
+from ..text import lines
 from .base_model import base_of, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Files, Repository, read_repository, send_commit
@@ -37,14 +37,8 @@ class PushResult:
     neurons: int  # of the patch; a lossless one counts none
     tensors: int
     sha256: str  # of the patch's file: what `pull` and `apply` check if they are given it
+    what: str  # the patch holds, in a few words
     created_branch: bool = False  # whether the branch was created
-    lossless: bool = False
-
-    @property
-    def what(self) -> str:
-        """What the patch holds, in a few words."""
-        what = "every change" if self.lossless else plural(self.neurons, "neuron")
-        return f"{what} of {plural(self.tensors, 'tensor')}"
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []
@@ -137,8 +131,8 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.forward.tensors if isinstance(patch, LosslessPatch) else patch.tensors),
-            lossless=isinstance(patch, LosslessPatch),
             sha256=sha256,
+            what=patch.what,
             created_branch=repository.needs_branch,
         )
 

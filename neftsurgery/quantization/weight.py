@@ -50,7 +50,7 @@ def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:
     """The values of scales: floats, or bytes of E8M0, ``2 ** (code - 127)`` where 255 is NaN."""
     if dtype in FLOATS:
         return widen(raw, dtype)
-    if dtype in ("U8", "F8E8M0"):
+    if dtype in ("U8", "F8_E8M0"):
         return E8M0.take(raw)
     return np.ascontiguousarray(raw).view(DTYPES[dtype].numpy).astype(np.float64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -159,10 +159,7 @@ def layer_map_figure(
     layers = f" ({label(found.prefix, 40)}N)" if found.prefix else ""
     empty = "is a weight that the patch does not change" if of_patch else "means that there is no such weight"
     verdict = _verdict(found, word, " of the weights that the patch changes" if of_patch else "")
-
-    def draw(fig: MplFigure) -> None:
-        draw_layer_map(fig, found)
-
+    draw = partial(draw_layer_map, found=found)
     return ReportFigure.of("map", suffix, found.rows(), draw, verdict, word=word, layers=layers, empty=empty)
 
 

@@ -173,13 +173,8 @@ class UnitSums:
     def __init__(self, count: int) -> None:
         self._aa, self._dd, self._ad, self._bb, self._ab, self._rr = np.zeros((6, count))
         self._changed = np.zeros(count, np.int64)
-        self._width = np.zeros(count, np.int64)
+        self.width = np.zeros(count, np.int64)  # elements of each unit so far
         self._finite = np.ones(count, np.bool_)
-
-    @property
-    def width(self) -> Int64Array:
-        """Elements of each unit so far, ``[count]``."""
-        return self._width
 
     def add(self, unit: Int64Array, sums: Sums, width: int) -> None:
         """Join the neurons of ``sums``, each ``width`` wide, to their units (``unit`` ``[n]``, -1: none)."""
@@ -207,7 +202,7 @@ class UnitSums:
         self._bb += total(bb)
         self._ab += total(ab)
         self._changed += np.bincount(unit, sums.changed[mine], minlength=count).astype(np.int64)
-        self._width += np.bincount(unit, minlength=count) * width
+        self.width += np.bincount(unit, minlength=count) * width
         self._finite &= np.bincount(unit, ~good, minlength=count) == 0
 
     def score(self, kind: str) -> Float32Array:
@@ -215,8 +210,8 @@ class UnitSums:
         sums = (self._aa, self._dd, self._ad, self._bb, self._ab, self._rr)
         whole = Exact(*sums, self._changed, self._finite, np.ones(1))
         with np.errstate(all="ignore"):
-            result = whole.score(kind, np.maximum(self._width, 1))
-            result[~self._finite | (self._width == 0)] = np.nan
+            result = whole.score(kind, np.maximum(self.width, 1))
+            result[~self._finite | (self.width == 0)] = np.nan
             return result.astype(np.float32)
 
 

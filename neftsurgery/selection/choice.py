@@ -290,10 +290,6 @@ class _Ranking:
                 part = slice(start, min(start + self.chunk, len(self.keys[i])))
                 yield i, part, self.keys[i][part]
 
-    def beyond(self, keys: Float32Array, cut: np.float32, out: Mask) -> Mask:
-        """Which of ``keys`` come before ``cut`` in order; NaN never does."""
-        return np.greater(keys, cut, out=out) if self.highest else np.less(keys, cut, out=out)
-
 
 def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[int]) -> list[Mask]:
     """The first neurons of each pool in order, as long as their costs stay within the pool's limit."""
@@ -331,8 +327,9 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
             search.add(keys, cost)
         search.settle(room)
         room = search.room
+    beyond = np.greater if ranking.highest else np.less  # NaN is neither
     for i, part, keys in ranking.parts(members):
-        ranking.beyond(keys, search.cut, masks[i][part])
+        beyond(keys, search.cut, out=masks[i][part])
         if ranking.allowed is not None:
             masks[i][part] &= ranking.allowed[i][part]
     for i, part, keys in ranking.parts(members):

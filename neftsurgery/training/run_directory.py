@@ -40,25 +40,15 @@ class RunIdentity:
         described: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return described
 
-    @classmethod
-    def from_json(cls, value: Any) -> RunIdentity:
-        """The inverse of `to_json`. What is missing or damaged differs from every identity."""
-        known = value if isinstance(value, dict) else {}
-        recipe = known.get("recipe")
-        return cls(recipe if isinstance(recipe, dict) else {}, known.get("base"), known.get("examples"))
 
-    def differences(self, other: RunIdentity) -> list[str]:
-        """The dotted names of what differs, as ``recipe.train.seed``."""
-        return _differences(self.to_json(), other.to_json())
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[str]:
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [name]
-    found = []
-    for key in sorted(one.keys() | other.keys()):
-        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    return found
+def _differences(known: Any, wanted: Any, name: str = "") -> list[str]:
+    """The dotted names of what differs, as ``recipe.train.seed``; ``known`` may be damaged, or lack some."""
+    if known == wanted or not isinstance(wanted, dict):
+        return [] if known == wanted else [name]
+    known, found = known if isinstance(known, dict) else {}, list[str]()
+    for key in sorted(known.keys() | wanted.keys()):
+        found += _differences(known.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    return found or [name]
 
 
 class RunDirectory:
@@ -88,12 +78,12 @@ class RunDirectory:
     def resumable_step(self, identity: RunIdentity) -> int | None:
         """The step where a run of this identity resumes, or None; a `UsageError` if another saved."""
         try:
-            known = RunIdentity.from_json(read_object(self.path / _IDENTITY))
+            known = read_object(self.path / _IDENTITY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except CorruptFileError:
-            known = RunIdentity.from_json(None)
-        differences = known.differences(identity)
+            known = {}
+        differences = _differences(known, identity.to_json())
         if differences and not (self.last_step or self.has_probed):
             return None  # nothing of the other run is worth keeping
         if differences:

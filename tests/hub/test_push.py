@@ -92,9 +92,8 @@ def test_a_plan_prints_what_it_would_push_where(llama):
     ],
 )
 def test_a_result_prints_what_was_pushed_where(created, changed, lines):
-    done = PushResult(
-        "me/x", "main", "1f" * 20, "https://hub/me/x", created, changed, "# Card", 1, 2, "ab" * 32
-    )
+    where, holds = ("me/x", "main", "1f" * 20, "https://hub/me/x"), "1 neuron of 2 tensors"
+    done = PushResult(*where, created, changed, "# Card", 1, 2, "ab" * 32, holds)
     assert str(done).splitlines() == [
         *lines,
         f"branch main, commit {'1f' * 20}",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from parts_support import write_pipeline
-from quantized_support import LAYOUTS, Quantized
+from quantized_support import LAYOUTS, Quantized, e4m3, spread
 from support import raw_file
 
 import neftsurgery as ns
@@ -72,3 +73,16 @@ def test_each_part_of_a_pipeline_has_a_layout_of_its_own(tmp_path: Path) -> None
     ns.apply(folders[0], ns.extract(*folders, changed=True), out=tmp_path / "out")
     for file in sorted(folders[1].rglob("*.*")):
         assert (tmp_path / "out" / file.relative_to(folders[1])).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["U8", "F8_E8M0"])
+def test_scales_that_are_powers_of_two(dtype: str, tmp_path: Path) -> None:
+    plain = LAYOUTS["fp8 blocks"](np.random.default_rng(0))
+    (_, codes), (_, bits) = plain.tensors[plain.codes], plain.tensors[plain.scales]
+    powers = np.random.default_rng(1).integers(100, 130, bits.shape).astype(np.uint8)
+    weight = replace(plain, tensors={**plain.tensors, plain.scales: (dtype, powers)})
+    side = dequantized(Checkpoint.open(weight.write(tmp_path / "model")))
+    info = side.tensors[weight.name]
+    found = np.frombuffer(bytes_of(side, weight.name, 0, info.nbytes), info.type.numpy)
+    expected = e4m3(codes) * spread(2.0 ** (powers.astype(int) - 127), codes.shape, 128, 128)
+    assert np.array_equal(found, expected.reshape(-1))
