@@ -90,8 +90,8 @@ class Dequantized(ComputedWeights):
         @functools.lru_cache(maxsize=_KEPT_MATRICES)
         def read(name: str, number: int) -> RawBytes:
             weight = self.quantized[name]
-            rows = weight.shape[-2]
-            return weight.code_rows(self.files, np.arange(number * rows, (number + 1) * rows))
+            rows = number * weight.shape[-2] + np.arange(weight.shape[-2])
+            return rows_read(self.files, weight.companions["codes"], rows)
 
         lock = threading.Lock()  # a thread that needs a matrix too waits for the one that reads it
 

@@ -17,8 +17,7 @@ from ..sources.hub_id import HubId, is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
 from ..text import lines
-from .base_model import base_of, read_licence
-from .card import card_figure, write_card
+from .card import base_of, card_figure, read_licence, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Files, Repository, read_repository, send_commit
 
 

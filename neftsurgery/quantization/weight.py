@@ -150,10 +150,6 @@ class QuantizedWeight:
         """The row of a companion that each of ``rows`` needs."""
         return shared_rows(rows, self.shape[-2], companion.span, companion.count)
 
-    def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
-        """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
-        return rows_read(files, self.companions["codes"], rows)
-
     def scale_rows(
         self, files: RowReader, rows: Int64Array, decoded: bool = True
     ) -> tuple[NDArray[Any], Int64Array]:
@@ -173,7 +169,7 @@ class QuantizedWeight:
 
         They are computed in its type. ``codes``: the bytes of these rows, if they are at hand.
         """
-        raw = self.code_rows(files, rows) if codes is None else codes
+        raw = rows_read(files, self.companions["codes"], rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
         last, (scales, place) = first + out.shape[1], self.scale_rows(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])

@@ -1,5 +1,9 @@
 """Streams two sets of weights through the kernels: bounded reads, several in flight, results in order.
 
+Small tensors that lie one after the other in their files are read in one go. Of such a span, those of one
+dtype, shape and layout make a *stack*: one tensor with an axis more. A neuron's sums have the same bits in a
+stack as in its tensor, as both are one piece.
+
 The work is cut into pieces by the shapes of the tensors alone, and results are joined in the order of the
 pieces. So the result has the same bits for any number of threads.
 """
@@ -10,21 +14,24 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 
 from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
+from ..neurons.layout import Layout
 from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Dispatch, Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.reader import RowReader, WeightReader
+from ..tensors.reader import RowReader, WeightReader, neighbours
+from .kernels import FORMATS
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
-from .stacks import spans, stacks
 from .sums import Exact, Sums, exact
+
+_LEAST_MEMBERS = 8  # of a span that is as large as may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,3 +244,36 @@ class _Collector:
         workers = limits.workers(block_memory([layout]))
         for block, values in in_order(refined, blocks(info, layout, len(doubtful)), workers):
             sums.refine(doubtful[slice(*block)], values)
+
+
+def spans(base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], nbytes: int) -> Iterator[range]:
+    """Cut ``jobs`` into runs of neighbours in the files of both sides, of at most ``nbytes`` of each.
+
+    Tensors that are large, are not scored, or do not lie in a file as they are read are alone.
+    """
+    sizes = [job.info.nbytes for job in jobs]
+    names = [job.info.name if _scored(job, nbytes) else None for job in jobs]
+    sides = ([-1 if name is None else side.address(name) for name in names] for side in (base, tuned))
+    return neighbours(sizes, sides, nbytes)
+
+
+def _scored(job: Job, most: int) -> bool:
+    """Whether it has neurons of several elements, and is small."""
+    small = 0 < job.info.nbytes * _LEAST_MEMBERS <= most
+    return small and job.layout is not None and job.layout.width > 1 and job.info.dtype in FORMATS
+
+
+def stacks(jobs: Sequence[Job], sides: Sequence[RawBytes]) -> Iterator[tuple[list[Job], Job, list[RawBytes]]]:
+    """The stacks of a span, whose bytes are ``sides``: the members of each, itself, and its bytes."""
+    found: dict[tuple[object, ...], list[tuple[Job, int]]] = {}
+    for job, start in zip(jobs, accumulate((job.info.nbytes for job in jobs), initial=0), strict=False):
+        axes = job.layout.axes if job.layout is not None else None
+        found.setdefault((job.info.dtype, job.info.shape, axes), []).append((job, start))
+    for several in found.values():
+        members, starts = [job for job, _ in several], [start for _, start in several]
+        info, layout = members[0].info, members[0].layout
+        assert layout is not None  # spans have only such
+        axes = (0, *(axis + 1 for axis in layout.axes))
+        stack = TensorInfo(info.name, info.dtype, (len(members), *info.shape))
+        raw = [np.lib.stride_tricks.sliding_window_view(side, info.nbytes)[starts] for side in sides]
+        yield members, Job(stack, Layout.of(stack.shape, axes)), [part.reshape(-1) for part in raw]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
 from ..quantization.weight import CodedWeight
+from ..storage.threads import lots
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from . import kernels
@@ -85,19 +86,12 @@ def tasks(
     jobs: Sequence[Job], numbers: Iterable[int], task_bytes: int, piece_bytes: int
 ) -> Iterator[list[TensorPiece]]:
     """The pieces of jobs, of about ``piece_bytes`` of each side; several together, up to ``task_bytes``."""
-    task: list[TensorPiece] = []
-    size = 0
-    for number in numbers:
-        job = jobs[number]
-        for piece in _pieces(number, job, piece_bytes):
-            nbytes = job.info.type.nbytes(piece.stop - piece.start)
-            if task and (size + nbytes > task_bytes or len(task) >= _TASK_PIECES):
-                yield task
-                task, size = [], 0
-            task.append(piece)
-            size += nbytes
-    if task:
-        yield task
+    pieces = (piece for number in numbers for piece in _pieces(number, jobs[number], piece_bytes))
+
+    def nbytes(piece: TensorPiece) -> int:
+        return jobs[piece.job].info.type.nbytes(piece.stop - piece.start)
+
+    return lots(pieces, nbytes, task_bytes, _TASK_PIECES)
 
 
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:

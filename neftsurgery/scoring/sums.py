@@ -18,8 +18,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..neurons.anatomy import NeuronTensor
+from ..neurons.layout import Layout
+from ..neurons.vectors import blocks, gather
 from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.dtypes import DTYPES
+from ..tensors.floats import widen
+from ..tensors.header import TensorInfo
+from ..tensors.reader import RowReader
 from . import kernels
 
 #: Scores that the base's weights alone have, and all.
@@ -224,6 +229,40 @@ def random_scores(name: str, count: int, seed: int) -> Float32Array:
 def norms(energies: Float64Array) -> Float32Array:
     """The roots of sums of squares, as scores."""
     return np.minimum(np.sqrt(energies), _LARGEST).astype(np.float32)
+
+
+def low_rank_energies(weights: RowReader, info: TensorInfo, layout: Layout, rank: int) -> Float64Array:
+    """The squared norm of each neuron's vector in the approximation of rank ``rank``, ``[n]``.
+
+    The neurons along the last neuron axis are the rows of one matrix: each expert has its own. Vectors whose
+    squares are not finite count as zeros and get NaN. LIFT (Liu et al., "LIFT the Veil for the Truth", ICML
+    2025) trains the elements that are largest in the approximation.
+    """
+    count = layout.shape[layout.axes[-1]]
+    energies = np.empty(layout.count)
+
+    def parts(first: int) -> Iterator[tuple[slice, Float64Array]]:
+        """The vectors of the matrix whose first neuron this is, some at a time."""
+        for start, stop in blocks(info, layout, count):
+            here = slice(first + start, first + stop)
+            rows = widen(gather(weights, info, layout, np.arange(here.start, here.stop)), info.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                energies[here] = np.where(np.isfinite(np.square(rows).sum(1)), 0.0, np.nan)
+            rows[np.isnan(energies[here])] = 0.0
+            yield here, rows
+
+    for first in range(0, layout.count, count):
+        if layout.width <= count:  # by the smaller of the two products of the matrix with itself
+            product = sum(rows.T @ rows for _, rows in parts(first))
+            directions = np.linalg.eigh(product).eigenvectors[:, -rank:]
+            for here, rows in parts(first):
+                energies[here] += np.square(rows @ directions).sum(1)
+        else:
+            matrix = np.concatenate([rows for _, rows in parts(first)])
+            values, directions = np.linalg.eigh(matrix @ matrix.T)
+            squares = np.square(directions[:, -rank:])
+            energies[first : first + count] += squares @ np.maximum(values[-rank:], 0.0)
+    return energies
 
 
 class LayerUnits:

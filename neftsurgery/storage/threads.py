@@ -107,7 +107,7 @@ def in_order(
 
     try:
         with executor_errors() if dispatch else nullcontext():
-            for lot in _lots(items, nbytes, lot_bytes):
+            for lot in lots(items, nbytes, lot_bytes):
                 waiting.append((lot, executor.submit(send, lot)))
                 if len(waiting) > ahead:
                     yield from first()
@@ -123,11 +123,14 @@ def in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _lots(items: Iterable[Item], nbytes: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+def lots(
+    items: Iterable[Item], nbytes: Callable[[Item], int], most: int, count: int | None = None
+) -> Iterator[list[Item]]:
+    """Items that follow each other: at most ``count``, and of at most ``most`` bytes if they are several."""
     lot, size = list[Item](), 0
     for item in items:
         size += nbytes(item)
-        if lot and size > most:
+        if lot and (size > most or len(lot) == count):
             yield lot
             lot, size = [], nbytes(item)
         lot.append(item)

@@ -31,10 +31,9 @@ from ..options import (
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import code_kernels, kernels
 from ..scoring.engine import TensorResult
-from ..scoring.low_rank import low_rank_energies
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..scoring.sums import BASE_SCORES, SCORES, LayerUnits, Sums, norms, random_scores
+from ..scoring.sums import BASE_SCORES, SCORES, LayerUnits, Sums, low_rank_energies, norms, random_scores
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from ..tensors.arrays import Float32Array, Float64Array

@@ -10,7 +10,7 @@ from card_support import KNOWN
 from hub_support import patch_of
 
 from neftsurgery.errors import MachineError, MismatchError, UsageError
-from neftsurgery.hub.base_model import base_of, read_licence
+from neftsurgery.hub.card import base_of, read_licence
 
 COMMIT = "1f" * 20
 ORIGIN = {"repo": "org/base", "revision": COMMIT}

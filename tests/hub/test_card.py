@@ -13,8 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from neftsurgery.errors import MismatchError
-from neftsurgery.hub.base_model import base_of
-from neftsurgery.hub.card import BEGIN, END, card_figure, write_card
+from neftsurgery.hub.card import BEGIN, END, base_of, card_figure, write_card
 
 
 def test_the_front_matter_reads_back(llama):

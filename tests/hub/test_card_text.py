@@ -6,8 +6,7 @@ from card_support import COMMIT, KNOWN, PLAIN_TAGS, rendered
 from hub_support import patch_of
 from huggingface_hub import ModelCard
 
-from neftsurgery.hub.base_model import base_of
-from neftsurgery.hub.card import write_card
+from neftsurgery.hub.card import base_of, write_card
 from neftsurgery.hub.card_text import layer_counts
 
 

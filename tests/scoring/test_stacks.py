@@ -10,9 +10,8 @@ from test_engine import KINDS, LAYOUTS, Memory, of_all_sorts, shaped
 from test_kernels import ALL
 
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.scoring.engine import stream
+from neftsurgery.scoring.engine import spans, stream
 from neftsurgery.scoring.partial_sums import Job
-from neftsurgery.scoring.stacks import spans
 from neftsurgery.storage.threads import Limits
 from neftsurgery.tensors.header import TensorInfo
 
