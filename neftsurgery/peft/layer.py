@@ -40,7 +40,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def __init__(self, name: str, module: nn.Module, axes: tuple[int, ...], quantization: Any = None) -> None:
         super().__init__()
         self.name, self.attribute = name, name.rpartition(".")[2]  # of the weight
-        self._owner = (module,)  # in a tuple: torch registers no submodule
+        self.__dict__["base_layer"] = module  # not as a submodule
         self.layout = Layout.of(weight_shape(self.get_base_layer(), self.attribute), axes)
         self.neft_rows = nn.ParameterDict({})
         self.neft_index = BufferDict(persistent=True)
@@ -51,13 +51,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
-
-    def get_base_layer(self) -> nn.Module:
-        """The module that has the parameter."""
-        module: Any = self._owner[0]
-        while hasattr(module, "base_layer"):  # another tool's wrapper
-            module = module.base_layer
-        return module  # type: ignore[no-any-return]
 
     @property
     def held(self) -> Tensor:
@@ -232,8 +225,10 @@ class NeftLayer(AdaptedWeight):
 class NeftParameter(AdaptedWeight):
     """The adapters of a parameter that its module reads itself."""
 
-    def carrying(self) -> NeuronWeight:
-        """The parameter, with the neurons of the active adapters."""
+    def carrying(self) -> NeuronWeight | None:
+        """The parameter with the neurons of the active adapters, if there are any."""
+        if not (self.counts() and self.active()):
+            return None
         rows, index = self.joined(self.active())
         neurons: Any = SimpleNamespace(
             weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
@@ -258,11 +253,8 @@ class NeftModule(nn.Module):
         except AttributeError:
             if name in ("base_layer", "adapted"):
                 raise
-            return self._carrying().get(name, getattr(self.base_layer, name))
-
-    def _carrying(self) -> dict[str, NeuronWeight]:
-        weights: Any = self.adapted.items()
-        return {name: one.carrying() for name, one in weights if one.counts() and one.active()}
+            carrying = self.adapted[name].carrying() if name in self.adapted else None  # type: ignore[operator]
+            return getattr(self.base_layer, name) if carrying is None else carrying
 
     def get_base_layer(self) -> nn.Module:
         """The module."""
@@ -279,7 +271,8 @@ class NeftModule(nn.Module):
         if adapter_names is not None:
             what = "examples of one batch cannot have adapters of their own for stacked weights"
             raise UsageError(what, tensor=next(iter(self.adapted)), hint="run them one adapter at a time")
-        carrying = self._carrying()
+        weights: Any = self.adapted.items()
+        carrying = {name: found for name, one in weights if (found := one.carrying()) is not None}
         self.base_layer.__dict__.update(carrying)
         try:
             return self.base_layer(*args, **kwargs)

@@ -81,48 +81,39 @@ class NeftModel(BaseTuner):
             owner, _, attribute = name.rpartition(".")
             if owner == current_key:
                 weight = self._adapted(parent, target_name, name, attribute, axes)
-                self._add(weight, adapter_name, count, peft_config)
+                chosen, index = self._chosen.get(name), torch.zeros(count, dtype=torch.int64)
+                index = index if chosen is None else torch.from_numpy(chosen.index)
+                weight.update_layer(adapter_name, index, chosen)
+                weight.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _adapted(
         self, parent: nn.Module, child: str, name: str, attribute: str, axes: tuple[int, ...]
     ) -> AdaptedWeight:
         """What holds the adapters of a parameter, put into the model if it is not there."""
-        target: Any = getattr(parent, child)
-        if not isinstance(target, (NeftLayer, NeftModule)):
-            layer = forward_of(target) is not None
-            made = (
-                NeftLayer(name, target, axes, quantization_of(self.model, target))
-                if layer
-                else NeftModule(target)
+        weight: Any = getattr(parent, child)
+        if not isinstance(weight, (NeftLayer, NeftModule)):
+            module, known = weight, forward_of(weight) is not None
+            how = quantization_of(self.model, module)
+            weight = NeftLayer(name, module, axes, how) if known else NeftModule(module)
+            self._replace_module(parent, child, weight, module)
+        if isinstance(weight, NeftModule):
+            if attribute not in weight.adapted:
+                weight.adapted[attribute] = NeftParameter(name, weight.base_layer, axes)
+            weight = weight.adapted[attribute]
+        if weight.layout.axes != axes:
+            raise UsageError(
+                "the parameter has an adapter with neurons along another axis",
+                tensor=name,
+                expected=list(weight.layout.axes),
+                found=list(axes),
             )
-            self._replace_module(parent, child, made, target)
-            target = made
-        if isinstance(target, NeftLayer):
-            return target
-        if attribute not in target.adapted:
-            target.adapted[attribute] = NeftParameter(name, target.base_layer, axes)
-        weight: AdaptedWeight = target.adapted[attribute]
-        return weight
+        return weight  # type: ignore[no-any-return]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(child, NeftModule) or isinstance(new_module, NeftModule):  # PEFT looks for a weight
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _add(self, weight: AdaptedWeight, adapter: str, count: int, config: NeftConfig) -> None:
-        axes = config.layouts()[weight.name][1]
-        if weight.layout.axes != axes:
-            raise UsageError(
-                "the parameter has an adapter with neurons along another axis",
-                tensor=weight.name,
-                expected=list(weight.layout.axes),
-                found=list(axes),
-            )
-        chosen = self._chosen.get(weight.name)
-        index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
-        weight.update_layer(adapter, index, chosen)
-        weight.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -171,7 +162,7 @@ def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -
             raise MismatchError(
                 "the model has no such parameter", tensor=name, hint="use the adapter's own base"
             )
-        problem = _unsupported(module, attribute, axes)
+        problem = _unsupported(module, attribute, axes) if own else "the model reads it itself"
         if others := [path for path in owners[id(parameter)] if path != own]:
             problem = f"the weight is tied to {others[0]}, and an adapter would change only one of them"
         if problem is not None:
@@ -220,6 +211,8 @@ def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.
     """
     within = config if config.target_modules else dataclasses.replace(config, target_modules=".*")
     for path, module in _modules(model).items():
+        if not path:
+            continue  # PEFT wraps no whole model
         known = forward_of(module) is not None
         for attribute, parameter in module._parameters.items():
             wanted = attribute == "weight" if known else parameter is not None and parameter.dim() > 1

@@ -177,6 +177,26 @@ def test_no_token_visits_the_experts_with_rows(run: Any, mode: Any) -> None:
     assert rows_of(attached, "0.weight").grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_before_the_training(without: Any, run: Any, mode: Any) -> None:
+    model, x = nn.Sequential(_Experts(run, False)).double(), torch.randn(TOKENS, IN).double()
+    plain = copy.deepcopy(model)
+    axes, index = PICKS["first"]
+    attached = ns.attach(model, select(model, {"0.weight": (axes, index)}), mode=mode)
+    with torch.no_grad():
+        (rows,) = attached.parameters()
+        rows.add_(0.1)
+        put(plain.get_parameter("0.weight"), axes, index, rows)
+    with without():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    _backward(plain, x)
+    _backward(model, x)
+    dense = vectors(plain.get_parameter("0.weight").grad, axes, index)
+    torch.testing.assert_close(rows.grad, dense, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
 def test_checkpointing(run: Any, reentrant: bool) -> None:
