@@ -163,6 +163,16 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         rows, index = zip(*parts, strict=True)
         return torch.cat(rows), torch.cat(index)
 
+    def carrying(self) -> NeuronWeight:
+        """The parameter, with the neurons of the active adapters."""
+        rows, index = self.joined(self.active())
+        neurons: Any = SimpleNamespace(
+            weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
+            trainable=True, disabled=False, refresh=lambda: None,
+        )  # fmt: skip
+        read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
+        return NeuronWeight.of(read, self.held, rows, self.layout, index)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
         return False
@@ -185,6 +195,12 @@ class NeftLayer(AdaptedWeight):
         base = self.get_base_layer()
         self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
         self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's; it carries the neurons of the active adapters, for what computes with it by itself."""
+        ours = is_plain(self.held) and self.counts() and self.active()
+        return self.carrying() if ours else super().weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
@@ -232,16 +248,6 @@ class NeftLayer(AdaptedWeight):
 class NeftParameter(AdaptedWeight):
     """The adapters of a parameter that its module reads itself."""
 
-    def carrying(self) -> NeuronWeight:
-        """The parameter, with the neurons of the active adapters."""
-        rows, index = self.joined(self.active())
-        neurons: Any = SimpleNamespace(
-            weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
-            trainable=True, disabled=False, refresh=lambda: None,
-        )  # fmt: skip
-        read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
-        return NeuronWeight.of(read, self.held, rows, self.layout, index)
-
 
 class NeftModule(nn.Module):
     """Wraps a module that reads parameters itself: they carry the neurons of the active adapters."""
@@ -249,7 +255,7 @@ class NeftModule(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.base_layer = module
-        self.adapted = nn.ModuleDict()  # by the names of the parameters
+        self.adapted = nn.Module()  # its modules have the names of the parameters
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks is the module's: a parent may read its parameters."""
@@ -261,7 +267,7 @@ class NeftModule(nn.Module):
             return self._carrying().get(name, getattr(self.base_layer, name))
 
     def _carrying(self) -> dict[str, NeuronWeight]:
-        weights: Any = self.adapted.items()
+        weights: Any = self.adapted.named_children()
         return {name: one.carrying() for name, one in weights if one.counts() and one.active()}
 
     def get_base_layer(self) -> nn.Module:
@@ -271,14 +277,11 @@ class NeftModule(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As `AdaptedWeight.merge`, of all parameters."""
         weight: Any
-        for weight in self.adapted.values():
+        for weight in self.adapted.children():
             weight.merge(safe_merge, adapter_names)
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the vectors of the active adapters."""
-        if adapter_names is not None:
-            what = "examples of one batch cannot have adapters of their own for stacked weights"
-            raise UsageError(what, tensor=next(iter(self.adapted)), hint="run them one adapter at a time")
         carrying = self._carrying()
         self.base_layer.__dict__.update(carrying)
         try:

@@ -89,36 +89,24 @@ class NeftModel(BaseTuner):
         """What holds the adapters of a parameter, put into the model if it is not there."""
         target: Any = getattr(parent, child)
         if not isinstance(target, (NeftLayer, NeftModule)):
-            layer = forward_of(target) is not None
-            made = (
-                NeftLayer(name, target, axes, quantization_of(self.model, target))
-                if layer
-                else NeftModule(target)
-            )
+            made: NeftLayer | NeftModule = NeftModule(target)
+            if forward_of(target) is not None:
+                made = NeftLayer(name, target, axes, quantization_of(self.model, target))
             self._replace_module(parent, child, made, target)
             target = made
         if isinstance(target, NeftLayer):
             return target
-        if attribute not in target.adapted:
-            target.adapted[attribute] = NeftParameter(name, target.base_layer, axes)
-        weight: AdaptedWeight = target.adapted[attribute]
-        return weight
+        if not hasattr(target.adapted, attribute):
+            target.adapted.add_module(attribute, NeftParameter(name, target.base_layer, axes))
+        return getattr(target.adapted, attribute)  # type: ignore[no-any-return]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, NeftModule) or isinstance(new_module, NeftModule):  # PEFT looks for a weight
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(child, NeftLayer) or isinstance(new_module, NeftLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:  # PEFT looks for a weight
+            setattr(parent, child_name, new_module)
 
     def _add(self, weight: AdaptedWeight, adapter: str, count: int, config: NeftConfig) -> None:
-        axes = config.layouts()[weight.name][1]
-        if weight.layout.axes != axes:
-            raise UsageError(
-                "the parameter has an adapter with neurons along another axis",
-                tensor=weight.name,
-                expected=list(weight.layout.axes),
-                found=list(axes),
-            )
         chosen = self._chosen.get(weight.name)
         index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
         weight.update_layer(adapter, index, chosen)
@@ -131,11 +119,14 @@ class NeftModel(BaseTuner):
         if names is None:
             yield
             return
-        kinds = (NeftLayer, NeftModule, ModulesToSaveWrapper)
+        kinds = (NeftLayer, ModulesToSaveWrapper)
         layers: list[Any] = [one for one in self.modules() if isinstance(one, kinds)]
         batch = next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), len(names))
         if unknown := {*names} - {"__base__", *self.peft_config}:
             raise UsageError("the model has no such adapter", found=", ".join(sorted(unknown)))
+        if own := [weight.name for weight in self.modules() if isinstance(weight, NeftParameter)]:
+            what = "examples cannot have adapters of their own for stacked weights, or what else modules read"
+            raise UsageError(what, tensor=own[0], hint="run a batch for each adapter")
         if batch != len(names) or self.training or any(getattr(one, "merged", False) for one in layers):
             what = "adapter_names is a name for each example, in evaluation, while no adapter is merged"
             raise UsageError(what, found=f"{len(names)} names for {batch} examples")
@@ -153,12 +144,17 @@ class NeftModel(BaseTuner):
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by their names in the bare model, without those that other adapters have put in."""
-    return {key.removesuffix(".base_layer"): module for key, module in model.named_modules()}
+    return {
+        key.removesuffix(".base_layer"): module
+        for key, module in model.named_modules()
+        if {"modules_to_save", "original_module"}.isdisjoint(key.split("."))
+    }
 
 
 def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise an error unless neurons along these axes of the model's parameters can be an adapter."""
     modules = _modules(model)
+    held = {one.name: one.layout.axes for one in model.modules() if isinstance(one, AdaptedWeight)}
     owners: dict[int, list[str]] = {}
     for path, owner in modules.items():
         for parameter in owner._parameters.values():
@@ -172,6 +168,10 @@ def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -
                 "the model has no such parameter", tensor=name, hint="use the adapter's own base"
             )
         problem = _unsupported(module, attribute, axes)
+        if not own:
+            problem = "it is a parameter of the model itself, and PEFT replaces only parts of a model"
+        if held.get(name, axes) != axes:
+            problem = f"it has an adapter with neurons along other axes, {list(held[name])}, not {list(axes)}"
         if others := [path for path in owners[id(parameter)] if path != own]:
             problem = f"the weight is tied to {others[0]}, and an adapter would change only one of them"
         if problem is not None:
@@ -206,11 +206,17 @@ def _unsupported(module: nn.Module, attribute: str, axes: tuple[int, ...]) -> st
     """Why neurons of a parameter cannot be an adapter; None if they can."""
     forward, weight = forward_of(module), module._parameters[attribute]
     assert weight is not None  # the model has it
-    if forward is None and not isinstance(module, nn.RNNBase):
+    if forward is None and _is_read(module):
         return unreadable(module, attribute, not is_plain(weight), has_foreign_forward(module))
     if forward is None or attribute != "weight" or forward.kind_of(axes) is None:
         return f"{attribute} along axes {list(axes)} of a {type(module).__name__} cannot be an adapter"
     return None if forward.covers(module) else "its layer has padding, groups or norms that forbid it"
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether a `NeftModule` can stand before a module, which has no parts and is called or read by name."""
+    inner = any(True for child in module.children() for _ in child.parameters())
+    return not (inner or isinstance(module, nn.RNNBase) or hasattr(type(module), "__getitem__"))
 
 
 def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -221,7 +227,8 @@ def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.
     within = config if config.target_modules else dataclasses.replace(config, target_modules=".*")
     for path, module in _modules(model).items():
         known = forward_of(module) is not None
+        if not (path and (known or _is_read(module)) and check_target_module_exists(within, path)):
+            continue
         for attribute, parameter in module._parameters.items():
-            wanted = attribute == "weight" if known else parameter is not None and parameter.dim() > 1
-            if parameter is not None and wanted and check_target_module_exists(within, path):
+            if parameter is not None and (attribute == "weight" if known else parameter.dim() > 1):
                 yield f"{path}.{attribute}", module

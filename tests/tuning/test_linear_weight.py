@@ -177,6 +177,30 @@ def test_no_token_visits_the_experts_with_rows(run: Any, mode: Any) -> None:
     assert rows_of(attached, "0.weight").grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
+def test_training_after_inference(run: Any) -> None:
+    model, x = nn.Sequential(_Experts(run, False)).double(), torch.randn(TOKENS, IN).double()
+    plain, picks = copy.deepcopy(model), {"0.weight": PICKS["first"]}
+    attached = ns.attach(model, select(model, picks), mode="overlay")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x))
+    _backward(model, x)
+    _backward(plain, x)
+    dense = vectors(plain.get_parameter("0.weight").grad, *PICKS["first"])
+    torch.testing.assert_close(rows_of(attached, "0.weight").grad, dense)
+
+
+@pytest.mark.parametrize("picks", [PICKS["first"], PICKS["second"]], ids=["first", "second"])
+def test_autocast_where_the_product_has_none(picks: Any) -> None:
+    model, x = nn.Sequential(_Experts(_grouped, False)), torch.randn(TOKENS, IN)
+    plain = copy.deepcopy(model)
+    rows = rows_of(ns.attach(model, select(model, {"0.weight": picks}), mode="overlay"), "0.weight")
+    with torch.no_grad():
+        put(plain.get_parameter("0.weight"), *picks, rows.add_(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), plain(x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
 def test_checkpointing(run: Any, reentrant: bool) -> None:
