@@ -245,10 +245,6 @@ class NeftLayer(AdaptedWeight):
         return torch.cat(outputs).index_select(0, torch.cat(places).argsort())
 
 
-class NeftParameter(AdaptedWeight):
-    """The adapters of a parameter that its module reads itself."""
-
-
 class NeftModule(nn.Module):
     """Wraps a module that reads parameters itself: they carry the neurons of the active adapters."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from ..tuning.weight_plans import unreadable
 from .base_vectors import file_vectors, neurons_in_files, quantization_of
 from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
-from .layer import AdaptedWeight, NeftLayer, NeftModule, NeftParameter
+from .layer import AdaptedWeight, NeftLayer, NeftModule
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,9 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
+        for weight in model.modules():
+            if isinstance(weight, AdaptedWeight) and weight.merged:
+                weight.unmerge()  # as PEFT does when they are there
         refuse_tensor_parallel(model)
         if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)
@@ -97,7 +100,7 @@ class NeftModel(BaseTuner):
         if isinstance(target, NeftLayer):
             return target
         if not hasattr(target.adapted, attribute):
-            target.adapted.add_module(attribute, NeftParameter(name, target.base_layer, axes))
+            target.adapted.add_module(attribute, AdaptedWeight(name, target.base_layer, axes))
         return getattr(target.adapted, attribute)  # type: ignore[no-any-return]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -119,14 +122,14 @@ class NeftModel(BaseTuner):
         if names is None:
             yield
             return
-        kinds = (NeftLayer, ModulesToSaveWrapper)
-        layers: list[Any] = [one for one in self.modules() if isinstance(one, kinds)]
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, (NeftLayer, ModulesToSaveWrapper))]
         batch = next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), len(names))
         if unknown := {*names} - {"__base__", *self.peft_config}:
             raise UsageError("the model has no such adapter", found=", ".join(sorted(unknown)))
-        if own := [weight.name for weight in self.modules() if isinstance(weight, NeftParameter)]:
+        own = [m for m in self.modules() if isinstance(m, AdaptedWeight) and not isinstance(m, NeftLayer)]
+        if own:
             what = "examples cannot have adapters of their own for stacked weights, or what else modules read"
-            raise UsageError(what, tensor=own[0], hint="run a batch for each adapter")
+            raise UsageError(what, tensor=own[0].name, hint="run a batch for each adapter")
         if batch != len(names) or self.training or any(getattr(one, "merged", False) for one in layers):
             what = "adapter_names is a name for each example, in evaluation, while no adapter is merged"
             raise UsageError(what, found=f"{len(names)} names for {batch} examples")
@@ -168,6 +171,9 @@ def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -
                 "the model has no such parameter", tensor=name, hint="use the adapter's own base"
             )
         problem = _unsupported(module, attribute, axes)
+        outer = model.get_submodule(own)
+        if isinstance(outer, BaseTunerLayer) and not isinstance(outer, AdaptedWeight):
+            problem = "its module has an adapter of another method"
         if not own:
             problem = "it is a parameter of the model itself, and PEFT replaces only parts of a model"
         if held.get(name, axes) != axes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from test_model import layers, llama, logits, mixtral, trained
 from torch import Tensor, nn
 
@@ -141,6 +141,22 @@ def test_an_adapter_along_another_axis_leaves_nothing_behind() -> None:
     with pytest.raises(NeftError, match=r"down_proj\.weight: .* along other axes, \[0\], not \[1\]"):
         model.add_adapter("other", NeftConfig(params="10%", anatomy="ffn"))
     assert not any("other" in weight.neft_rows for weight in layers(model).values())
+
+
+def test_an_adapter_that_is_added_while_another_is_merged_starts_from_the_base() -> None:
+    base = llama()
+    model = trained(get_peft_model(copy.deepcopy(base), NeftConfig(params="20%")))
+    model.merge_adapter()
+    model.add_adapter("other", NeftConfig(params="20%", policy="norm"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT: it is adapted twice
+def test_a_layer_with_an_adapter_of_another_method_is_named() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(NeftError, match=r"tensor 0\.weight: .* adapter of another method"):
+        get_peft_model(model.base_model.model, NeftConfig(neurons=2))
 
 
 def test_modules_that_are_saved_whole() -> None:
