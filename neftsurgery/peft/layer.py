@@ -7,6 +7,7 @@ computes, its parameters carry the neurons (`neftsurgery.tuning.neuron_weight`).
 
 from __future__ import annotations
 
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from ..tuning.linear_weight import LinearNeurons
 from ..tuning.neuron_weight import NeuronWeight, WeightNeurons
 from .base_vectors import base_digest, require_base, weight_shape
 from .choosing import ChosenNeurons
+
+_LOCK = threading.Lock()
 
 
 class AdaptedWeight(nn.Module, BaseTunerLayer):
@@ -54,15 +57,16 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The module that has the parameter."""
-        module: Any = self._owner[0]
+        module: Any = self._modules.get("base_layer", self._owner[0])
         while hasattr(module, "base_layer"):  # another tool's wrapper
             module = module.base_layer
         return module  # type: ignore[no-any-return]
 
     @property
     def held(self) -> Tensor:
-        """The parameter, as the module holds it."""
-        return self.get_base_layer()._parameters[self.attribute]  # type: ignore[return-value]
+        """The parameter, as the module holds it; of a replica of `nn.DataParallel` it is an attribute."""
+        weight = getattr(self.get_base_layer(), self.attribute)
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     def _whole(self) -> Tensor:
         """The parameter's values, in its shape; of a quantized one, a copy."""
@@ -132,8 +136,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """The inverse of `merge`: to the bit, where the weight is not quantized."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self._write(name, self.neft_saved.pop(name))
@@ -172,10 +174,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         )  # fmt: skip
         read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
         return NeuronWeight.of(read, self.held, rows, self.layout, index)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
-        return False
 
     def __repr__(self) -> str:
         return "neft." + super().__repr__()
@@ -250,7 +248,7 @@ class NeftModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.base_layer = module
+        self.base_layer, self.running = module, 0
         self.adapted = nn.Module()  # its modules have the names of the parameters
 
     def __getattr__(self, name: str) -> Any:
@@ -278,13 +276,17 @@ class NeftModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the vectors of the active adapters."""
-        carrying = self._carrying()
-        self.base_layer.__dict__.update(carrying)
+        carrying, attributes = self._carrying(), self.base_layer.__dict__
+        with _LOCK:  # other threads may compute with the module meanwhile
+            self.running += 1
+            attributes.update(carrying)
         try:
             return self.base_layer(*args, **kwargs)
         finally:
-            for name in carrying:
-                self.base_layer.__dict__.pop(name, None)
+            with _LOCK:
+                self.running -= 1
+                for name in carrying if not self.running else ():
+                    attributes.pop(name, None)
 
 
 def _check_base(weight: AdaptedWeight, *_: Any) -> None:

@@ -44,9 +44,7 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
-        for weight in model.modules():
-            if isinstance(weight, AdaptedWeight) and weight.merged:
-                weight.unmerge()  # as PEFT does when they are there
+        self.unmerge_adapter()  # type: ignore[no-untyped-call]  # as PEFT does once the new one is there
         refuse_tensor_parallel(model)
         if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -128,6 +129,38 @@ def test_what_computes_with_the_weight_of_a_layer_finds_the_neurons() -> None:
         assert not torch.allclose(model(X), before)
         with model.disable_adapter():
             torch.testing.assert_close(model(X), before)
+
+
+def test_threads_that_share_a_model() -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    class Slow(Memory):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                entered.set()
+                assert go.wait(60)
+            return super().forward(x)
+
+    model = get_peft_model(nn.Sequential(Slow()), NeftConfig(neurons=3))
+    changed(model, nn.Sequential(Memory()))
+    found = [model(X)]
+    thread = threading.Thread(target=lambda: found.append(model(X)))
+    thread.start()
+    assert entered.wait(60)
+    found.append(model(X))
+    go.set()
+    thread.join()
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+def test_a_replica_of_data_parallel_computes_with_its_own_weight() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6, bias=False)), NeftConfig(neurons=3))
+    (layer,) = layers(model).values()
+    replica, base = layer._replicate_for_data_parallel(), layer.base_layer._replicate_for_data_parallel()
+    replica.base_layer, base.weight, base.bias = base, torch.zeros(6, 8), None
+    rows, index = layer.neft_rows["default"], layer.neft_index["default"]
+    torch.testing.assert_close(replica(X), torch.zeros(2, 3, 6).index_copy(2, index, X @ rows.t()))
 
 
 def test_a_mixed_batch_where_a_weight_is_read_from_outside() -> None:
