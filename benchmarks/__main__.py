@@ -66,9 +66,16 @@ def main() -> None:
         training_suite.measure(training.Options.of(given))
     if given.command == "selection":
         if given.model is not None:
-            from benchmarks.selection.pretrained import suite as pretrained_suite
+            if given.schedules:
+                from benchmarks.selection.pretrained.schedules import measure_schedules
 
-            pretrained_suite.measure(PretrainedOptions.of(given))
+                if given.model != "smollm2":
+                    arms.error("--schedules needs --model smollm2")
+                measure_schedules(PretrainedOptions.of(given))
+            else:
+                from benchmarks.selection.pretrained import suite as pretrained_suite
+
+                pretrained_suite.measure(PretrainedOptions.of(given))
             _render(given)
             return
         from benchmarks.selection import suite as selection_suite

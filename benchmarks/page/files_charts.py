@@ -13,6 +13,7 @@ from benchmarks.page.metrics import Group, Run, limit, peak, spread, work
 
 OURS, LIMIT, RIVAL = "#1f6feb", "#57606a", "#d0a215"
 COLOURS = {"ours": OURS, "limit": LIMIT, "rival": RIVAL}
+WIDTH = 5.5  # inches: the text can still be read where a page is 400 pixels wide
 MARKS = ("o", "s", "^", "D", "v")
 STYLE: Any = {
     "svg.hashsalt": "neftsurgery",  # the same results make the same file
@@ -49,8 +50,8 @@ def save(figure: Figure, file: Path) -> None:
     file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure((width, height))
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH, height))
     return figure, figure.add_subplot()
 
 
@@ -63,27 +64,29 @@ def _rates(groups: list[Group]) -> Figure:
 
     rows = [(entry, found) for entry in group["contestants"] if (found := spread(entry, rate))]
     rows.sort(key=lambda row: row[1].median)
-    figure, axes = _axes(7.5, 0.6 + 0.42 * len(rows))
+    figure, axes = _axes(0.6 + 0.56 * len(rows))
     for place, (entry, found) in enumerate(rows):
         error = [[found.median - found.minimum], [found.maximum - found.median]]
         axes.barh(
-            place, found.median, xerr=error, color=COLOURS[entry["role"]], ecolor="#24292f", height=0.65
+            place, found.median, xerr=error, color=COLOURS[entry["role"]], ecolor="#24292f", height=0.45
         )
+        above = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 9}
+        axes.text(0.01, place + 0.24, entry["name"], **above)
         axes.annotate(
             f"{found.median:.3g}", (found.maximum, place), (5, 0), textcoords="offset points", va="center"
         )
     if found := spread(limit(group), rate):
         axes.axvline(found.median, color=LIMIT, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [entry["name"] for entry, _ in rows])
+    axes.set_yticks([])
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"GB/s, {group['label']} in the page cache; process start and imports apart")
+    axes.set_xlabel(f"GB/s, {group['label']} in the page cache, without process start and imports")
     return figure
 
 
 def _memory(groups: list[Group]) -> Figure:
     """Peak megabytes of each of this tool's commands, by bytes per side."""
-    figure, axes = _axes(7.5, 3.2)
+    figure, axes = _axes(3.6)
     lines: dict[str, list[tuple[str, float]]] = {}
     for group in groups:
         side = group["label"].partition(" a side")[0]

@@ -111,6 +111,7 @@ def render_pretrained(folder: Path) -> None:
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     parts = [part for model in TITLES for part in _model(folder / f"pretrained-{model}.jsonl", model)]
+    parts += _schedules(folder / "schedules-smollm2.jsonl")
     page.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}")
     log(f"wrote {page}")
 
@@ -134,6 +135,45 @@ def _model(file: Path, model: str) -> Iterator[str]:
     yield table("| claim | measured | |", claims(studies[0]))
     yield "### How it was run"
     yield "\n".join(_settings(studies))
+
+
+def _schedules(file: Path) -> Iterator[str]:
+    """The schedules of a recipe, beside the fixed choice."""
+    lines = json_lines.load(file)
+    setting = next((line for line in lines if line["kind"] == "setting"), None)
+    if setting is None:
+        return
+    flops = {line["schedule"]: line["flops"] for line in lines if line["kind"] == "flops"}
+    runs: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        if line["kind"] == "run":
+            runs.setdefault(line["schedule"], {})[line["seed"]] = line
+
+    def of_fixed(name: str, key: str) -> str:
+        both = sorted(runs[name].keys() & runs["fixed"].keys())
+        found = [runs[name][seed][key] / runs["fixed"][seed][key] for seed in both]
+        return f"{Mean.of(found):.2f}" if found else ""
+
+    yield "## Schedules of a recipe: SmolLM2-135M, grade-school problems"
+    yield (
+        f"`{setting['command']}` made the [raw runs]({file.parent.name}/{file.name}): "
+        f"{setting['steps']} steps of 2 examples, 3% of the parameters in units by `magnitude`, "
+        f"{setting['dev']} problems for the dev loss. Times are of the processor, as ratios to those of the "
+        "fixed choice with the same seed; FLOPs are those that torch counts in one step."
+    )
+    rows = []
+    for name, options in setting["schedules"].items():
+        if name in runs:
+            shown = ", ".join(f"`{key}: {value}`" for key, value in options.items()) or "the fixed choice"
+            losses = [Mean.of([line[key] for line in runs[name].values()]) for key in ("before", "loss")]
+            steps = [of_fixed(name, key) for key in ("step", "mean")]
+            counted = f"{flops[name] / flops['fixed']:.2f}" if name in flops else ""
+            rows.append(
+                row(shown, *(f"{loss:.3f}" for loss in losses), *steps, counted, str(len(runs[name])))
+            )
+    head = "| | dev loss before | after | median step | mean step, with regrowths | FLOPs | runs |"
+    yield table(head, rows)
+    yield from machines({"all": {"machine": setting["machine"], "date": setting["date"]}})
 
 
 def _study(study: PretrainedStudy) -> Iterator[str]:

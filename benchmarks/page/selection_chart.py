@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.page.files_charts import LIMIT, OURS, RIVAL, STYLE, save
+from benchmarks.page.files_charts import LIMIT, OURS, RIVAL, STYLE, WIDTH, save
 from benchmarks.page.study import Line, Result, Study
 
 # Families of arms: colour, marker, line style, and label. Families of several sizes get a line.
@@ -37,13 +37,13 @@ FAMILIES: dict[str, tuple[str, str, str, str]] = {
 def draw(study: Study, file: Path) -> None:
     """Writes the figure as SVG."""
     with mpl.rc_context(STYLE):
-        figure = Figure((11, 5.2))
-        left, right = figure.subplots(1, 2)
-        _panel(left, study, lambda run: float(run["test"]), "held-out loss on the new task, nats per token")
-        _panel(right, study, study.forgotten, "loss added on old text, nats per token")
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncols=5, frameon=False, fontsize=8.5)
-        figure.subplots_adjust(top=0.82, wspace=0.3)
+        figure = Figure((WIDTH, 11.5))
+        upper, lower = figure.subplots(2, 1)
+        _panel(upper, study, lambda run: float(run["test"]), "held-out loss on the new task, nats per token")
+        _panel(lower, study, study.forgotten, "loss added on old text, nats per token")
+        handles, labels = upper.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False, fontsize=9)
+        figure.subplots_adjust(top=0.79, hspace=0.18)
         save(figure, file)
 
 

@@ -78,6 +78,9 @@ def requirements(part: Part) -> Iterator[Requirement]:
         ours, floor = _named(part, "experts-3"), _named(part, "experts_floor")
         statement = "NeFT, 3% of the experts' rows: a step takes at most 1.15 of the floor's time"
         yield Requirement.of(statement, "of its time", ratio(ours, floor, _seconds), lambda x: x <= 1.15)
+        ours, lora = _named(part, "experts_peft-3"), _named(part, "experts_lora-3")
+        statement = "As a PEFT method: at most the time of PEFT LoRA's on the experts"
+        yield Requirement.of(statement, "of its time", ratio(ours, lora, _seconds), lambda x: x <= 1)
         return
     ours, lora, masked = (_named(part, name) for name in ("neft-3", "lora-3", "masked-3"))
     bound = 1.05 if part["device"] == "cuda" else 1.10

@@ -178,6 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=PRECISIONS[0],
         help=f"with --model: the type of matrix products (default: {PRECISIONS[0]})",
     )
+    add("--schedules", action="store_true", help="with --model smollm2: the schedules of a recipe, not arms")
     add("--arms", type=arm_name, default=(), help="with --model: only these arms")
     add("--minutes", type=float, default=float("inf"), help="start no run after this; resume later")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch threads per process")

@@ -45,7 +45,7 @@ def prepare(name: str, model: Any) -> TrainingMethod:
         return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
     share = int(rest) / 100 if rest else 0.0
     methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira, _peft, _supertuning, _miss)
-    methods += (_experts_floor, _experts, _experts_lora, _experts_full)
+    methods += (_experts_floor, _experts, _experts_peft, _experts_lora, _experts_full)
     return {method.__name__[1:]: method for method in methods}[kind](model, share)
 
 
@@ -220,6 +220,15 @@ def _experts(model: Any, share: float) -> TrainingMethod:
             tensors[name] = Chosen(info, Layout.of(shape, (0,)), index.sort().values.numpy())
     selection = Selection(dict(sorted(tensors.items())), {"policy": "random"})
     return TrainingMethod(model, list(attach(model, selection, base=False).parameters()))
+
+
+def _experts_peft(model: Any, share: float) -> TrainingMethod:
+    from peft import get_peft_model
+
+    from neftsurgery.peft import NeftConfig
+
+    config = NeftConfig(neurons=f"{100 * share:g}%", target_modules=["experts"])
+    return _adapted(get_peft_model(model, config))
 
 
 def _stacks(model: Any) -> dict[str, nn.Parameter]:

@@ -45,6 +45,7 @@ CONTESTANTS = {
 MIXTURE_CONTESTANTS = {
     "experts_floor": ("limit", "frozen floor: forward and input gradients only"),
     "experts-3": ("ours", "NeFT, 3% of the experts' rows"),
+    "experts_peft-3": ("ours", "NeFT as a PEFT method, 3% of the experts' rows"),
     "experts_lora-3": ("rival", "PEFT LoRA on the experts' parameters, as many of them"),
     "experts_full": ("rival", "full gradients of the experts"),
 }

@@ -43,7 +43,7 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
     def __init__(self, name: str, module: nn.Module, axes: tuple[int, ...], quantization: Any = None) -> None:
         super().__init__()
         self.name, self.attribute = name, name.rpartition(".")[2]  # of the weight
-        self._owner = (module,)  # in a tuple: torch registers no submodule
+        self.__dict__["base_layer"] = module  # not as a submodule
         self.layout = Layout.of(weight_shape(self.get_base_layer(), self.attribute), axes)
         self.neft_rows = nn.ParameterDict({})
         self.neft_index = BufferDict(persistent=True)
@@ -54,13 +54,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
-
-    def get_base_layer(self) -> nn.Module:
-        """The module that has the parameter."""
-        module: Any = self._modules.get("base_layer", self._owner[0])
-        while hasattr(module, "base_layer"):  # another tool's wrapper
-            module = module.base_layer
-        return module  # type: ignore[no-any-return]
 
     @property
     def held(self) -> Tensor:
@@ -165,8 +158,10 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         rows, index = zip(*parts, strict=True)
         return torch.cat(rows), torch.cat(index)
 
-    def carrying(self) -> NeuronWeight:
-        """The parameter, with the neurons of the active adapters."""
+    def carrying(self) -> NeuronWeight | None:
+        """The parameter with the neurons of the active adapters, if there are any."""
+        if not (self.counts() and self.active()):
+            return None
         rows, index = self.joined(self.active())
         neurons: Any = SimpleNamespace(
             weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
@@ -197,8 +192,8 @@ class NeftLayer(AdaptedWeight):
     @property
     def weight(self) -> Tensor:
         """The base's; it carries the neurons of the active adapters, for what computes with it by itself."""
-        ours = is_plain(self.held) and self.counts() and self.active()
-        return self.carrying() if ours else super().weight
+        carrying = self.carrying() if is_plain(self.held) else None
+        return super().weight if carrying is None else carrying
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
@@ -258,11 +253,9 @@ class NeftModule(nn.Module):
         except AttributeError:
             if name in ("base_layer", "adapted"):
                 raise
-            return self._carrying().get(name, getattr(self.base_layer, name))
-
-    def _carrying(self) -> dict[str, NeuronWeight]:
-        weights: Any = self.adapted.named_children()
-        return {name: one.carrying() for name, one in weights if one.counts() and one.active()}
+            one: Any = self.adapted._modules.get(name)
+            carrying = None if one is None else one.carrying()
+            return getattr(self.base_layer, name) if carrying is None else carrying
 
     def get_base_layer(self) -> nn.Module:
         """The module."""
@@ -276,7 +269,9 @@ class NeftModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the vectors of the active adapters."""
-        carrying, attributes = self._carrying(), self.base_layer.__dict__
+        weights: Any = self.adapted.named_children()
+        carrying = {name: found for name, one in weights if (found := one.carrying()) is not None}
+        attributes = self.base_layer.__dict__
         with _LOCK:  # other threads may compute with the module meanwhile
             self.running += 1
             attributes.update(carrying)

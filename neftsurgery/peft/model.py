@@ -82,36 +82,32 @@ class NeftModel(BaseTuner):
             owner, _, attribute = name.rpartition(".")
             if owner == current_key:
                 weight = self._adapted(parent, target_name, name, attribute, axes)
-                self._add(weight, adapter_name, count, peft_config)
+                chosen, index = self._chosen.get(name), torch.zeros(count, dtype=torch.int64)
+                index = index if chosen is None else torch.from_numpy(chosen.index)
+                weight.update_layer(adapter_name, index, chosen)
+                weight.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _adapted(
         self, parent: nn.Module, child: str, name: str, attribute: str, axes: tuple[int, ...]
     ) -> AdaptedWeight:
         """What holds the adapters of a parameter, put into the model if it is not there."""
-        target: Any = getattr(parent, child)
-        if not isinstance(target, (NeftLayer, NeftModule)):
-            made: NeftLayer | NeftModule = NeftModule(target)
-            if forward_of(target) is not None:
-                made = NeftLayer(name, target, axes, quantization_of(self.model, target))
-            self._replace_module(parent, child, made, target)
-            target = made
-        if isinstance(target, NeftLayer):
-            return target
-        if not hasattr(target.adapted, attribute):
-            target.adapted.add_module(attribute, AdaptedWeight(name, target.base_layer, axes))
-        return getattr(target.adapted, attribute)  # type: ignore[no-any-return]
+        weight: Any = getattr(parent, child)
+        if not isinstance(weight, (NeftLayer, NeftModule)):
+            module, known = weight, forward_of(weight) is not None
+            how = quantization_of(self.model, module)
+            weight = NeftLayer(name, module, axes, how) if known else NeftModule(module)
+            self._replace_module(parent, child, weight, module)
+        if isinstance(weight, NeftModule):
+            if not hasattr(weight.adapted, attribute):
+                weight.adapted.add_module(attribute, AdaptedWeight(name, weight.base_layer, axes))
+            weight = getattr(weight.adapted, attribute)
+        return weight  # type: ignore[no-any-return]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(child, NeftLayer) or isinstance(new_module, NeftLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # PEFT looks for a weight
             setattr(parent, child_name, new_module)
-
-    def _add(self, weight: AdaptedWeight, adapter: str, count: int, config: NeftConfig) -> None:
-        chosen = self._chosen.get(weight.name)
-        index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
-        weight.update_layer(adapter, index, chosen)
-        weight.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -168,12 +164,9 @@ def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -
             raise MismatchError(
                 "the model has no such parameter", tensor=name, hint="use the adapter's own base"
             )
-        problem = _unsupported(module, attribute, axes)
-        outer = model.get_submodule(own)
-        if isinstance(outer, BaseTunerLayer) and not isinstance(outer, AdaptedWeight):
+        problem = _unsupported(module, attribute, axes) if own else "the model reads it itself"
+        if isinstance(m := model.get_submodule(own), BaseTunerLayer) and not isinstance(m, AdaptedWeight):
             problem = "its module has an adapter of another method"
-        if not own:
-            problem = "it is a parameter of the model itself, and PEFT replaces only parts of a model"
         if held.get(name, axes) != axes:
             problem = f"it has an adapter with neurons along other axes, {list(held[name])}, not {list(axes)}"
         if others := [path for path in owners[id(parameter)] if path != own]:
@@ -232,7 +225,7 @@ def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.
     for path, module in _modules(model).items():
         known = forward_of(module) is not None
         if not (path and (known or _is_read(module)) and check_target_module_exists(within, path)):
-            continue
+            continue  # PEFT wraps no whole model
         for attribute, parameter in module._parameters.items():
             if parameter is not None and (attribute == "weight" if known else parameter.dim() > 1):
                 yield f"{path}.{attribute}", module

@@ -21,7 +21,6 @@ from ..neurons.layout import Layout
 class ExpertRows:
     """The trainable rows of a stacked weight, by expert."""
 
-    @torch.inference_mode(False)  # they are kept for later passes
     def __init__(self, rows: Tensor, index: Tensor, layout: Layout) -> None:
         count = layout.shape[layout.axes[1]]  # neurons of an expert
         index, order = index.sort(stable=True)

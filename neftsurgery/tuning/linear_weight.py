@@ -161,14 +161,16 @@ class LinearNeurons(WeightNeurons):
         """A part of this part."""
         part = replace(self, **changes)
         parameter = self.attached[0].weight
-        return NeuronWeight.of(part, parameter, part.rows, part.layout, part.index, part._ids)
+        with torch.inference_mode(False):  # parts are kept
+            return NeuronWeight.of(part, parameter, part.rows, part.layout, part.index, part._ids)
 
     @property
     def by_expert(self) -> ExpertRows:
         """The rows of each expert."""
         (neurons,) = self.attached
         if neurons.by_expert is None:
-            neurons.by_expert = ExpertRows(neurons.rows, neurons.index, neurons.layout)
+            with torch.inference_mode(False):  # training uses it, too
+                neurons.by_expert = ExpertRows(neurons.rows, neurons.index, neurons.layout)
         found: ExpertRows = neurons.by_expert
         return found
 

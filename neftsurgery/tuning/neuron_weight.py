@@ -132,7 +132,7 @@ class NeuronWeight(Tensor):
             return make()  # type: ignore[return-value]
         # A function of autograd, so that code which torch does not ask (custom functions, extensions in C++)
         # gives the rows their gradient too.
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             weight: Any = apply_function(CarriedRows, rows, layout, index, ids, make)
         return weight  # type: ignore[no-any-return]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import json_lines
 from benchmarks.page.pretrained import (
@@ -26,10 +26,10 @@ from benchmarks.page.pretrained import (
     render_pretrained,
 )
 from benchmarks.selection.arms import Arm
-from benchmarks.selection.pretrained import subjects, suite
+from benchmarks.selection.pretrained import schedules, subjects, suite
 from benchmarks.selection.pretrained.arms import ARMS, CANDIDATES, FIXED, SWEPT
 from benchmarks.selection.pretrained.experiment import PretrainedExperiment, Spot
-from benchmarks.selection.pretrained.options import SETTINGS, PretrainedOptions
+from benchmarks.selection.pretrained.options import SCHEDULES, SETTINGS, PretrainedOptions
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"good{n}" for n in range(8))]
 WORDS += [f"bad{n}" for n in range(8)]
@@ -124,8 +124,14 @@ def test_products_in_bfloat16_leave_weights_and_optimizers_in_float32(options: P
     assert subject.model(subject.cell("trec", 8, 1)).dtype == torch.float32
 
 
+BEST_RATES = {"trec": -2, "cr": -1, "gsm8k": 1}  # as exponents
+
+
 class InventedExperiment:
-    """Losses that fall towards the rate 2^-2, and towards seed 1; some arms are better by their names."""
+    """Losses that fall towards a task's best rate, and with the seed; some arms are better by their names.
+
+    Before training they are lower than with any rate.
+    """
 
     def __init__(self, options: PretrainedOptions) -> None:
         self.runs: list[tuple[str, str, int, int]] = []
@@ -139,9 +145,9 @@ class InventedExperiment:
     def run(self, arm: Arm, spot: Spot, exponent: int, *, probe: int | None, counts: bool) -> dict[str, Any]:
         assert (probe is not None) == (arm.score in ("cosine", "l2") and arm.kind == "neurons")
         self.runs.append((arm.name, spot.task, spot.seed, exponent))
-        loss = 1 + abs(exponent + 2) + 0.1 * spot.seed - 0.001 * len(arm.name)
+        loss = 1 + abs(exponent - BEST_RATES[spot.task]) + 0.1 * spot.seed - 0.001 * len(arm.name)
         facts = {"loss": loss, "rate": 2.0**exponent, "trainable": 30, "peak": 1, "step": 0.1, "bytes": 1}
-        dev = {step: measured(loss) for step in (0, 1, 2)}
+        dev = {0: measured(0.5), 1: measured(loss), 2: measured(loss)}
         return facts | {"dev": dev, "best": 2, "test": measured(loss)}
 
 
@@ -158,9 +164,11 @@ def test_rates_come_first_then_the_best_selectors_and_a_finished_suite_makes_no_
     assert {one["arm"] for one in screened} == CANDIDATES.keys()
     best = {name for _, name in sorted((one["loss"], one["arm"]) for one in screened)[:4]}
     assert {one["arm"] for one in runs if one["task"] == "cr"} == {"start", *FIXED} | best
-    assert {one["rung"] for one in runs if one["arm"] != "start"} == {-2}
+    rates = {(one["task"], one["rung"]) for one in runs if one["arm"] != "start"}
+    assert rates == {("trec", -2), ("cr", -1)}
     lora = [one for one in lines if one["kind"] == "tuning" and one["arm"] == "lora"]
-    assert [(one["task"], one["rung"]) for one in lora] == [("trec", n) for n in (0, 1, -1, -2, -3)]
+    ladders = [("trec", n) for n in (0, 1, -1, -2, -3)] + [("cr", n) for n in (0, 1, -1, -2)]
+    assert [(one["task"], one["rung"]) for one in lora] == ladders
     seeds = [(one["seed"], one["task"]) for one in runs if one["arm"] == "full"]
     assert seeds == [(1, "trec"), (1, "cr"), (2, "trec"), (2, "cr")]
     swept = {one["arm"] for one in runs} & SWEPT.keys()
@@ -172,6 +180,55 @@ def test_rates_come_first_then_the_best_selectors_and_a_finished_suite_makes_no_
     render_pretrained(options.out)
     assert (tmp_path / "out.md").read_text() == page
     assert page.count(BEGIN) == page.count(END) == 1
+
+
+def test_where_runs_take_long_a_selector_has_the_rate_of_its_control(
+    options: PretrainedOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.selection.pretrained.experiment.PretrainedExperiment", InventedExperiment)
+    screened = {"kind": "screen", "arm": "units-l2", "loss": 1.0}
+    json_lines.append(options.results, screened)
+    large = replace(options, model="smollm2", tasks=("gsm8k",))
+    suite.measure(large)
+    lines = json_lines.load(large.results)
+    assert "units-l2" not in {one["arm"] for one in lines if one["kind"] == "tuning"}
+    assert [one["rung"] for one in lines if one.get("arm") == "units-l2"] == [1, 1]
+
+
+class TinyChatModel(subjects.ChatModel):
+    def _checkpoint(self, work: Path) -> Path:
+        folder = work / "tiny"
+        if not folder.exists():
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "intermediate_size": 256, "num_attention_heads": 8, "vocab_size": 32}
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).save_pretrained(folder)
+            (folder / "vocab.txt").write_text("\n".join(WORDS))
+            BertTokenizerFast(str(folder / "vocab.txt"), eos_token="[SEP]").save_pretrained(folder)
+        return folder
+
+
+def test_schedules_of_a_recipe_beside_the_fixed_choice(
+    options: PretrainedOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedules, "ChatModel", TinyChatModel)
+    (tmp_path / "gsm8k").mkdir()
+    problems = [{"question": f"good{n % 8} bad1 ?", "answer": f"bad{n % 8}"} for n in range(60)]
+    text = "".join(json.dumps(problem) + "\n" for problem in problems)
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
+    chosen = replace(options, model="smollm2", seeds=1)
+    schedules.measure_schedules(chosen)
+    lines = json_lines.load(chosen.schedule_results)
+    schedules.measure_schedules(chosen)
+    assert json_lines.load(chosen.schedule_results) == lines
+    flops = {one["schedule"]: one["flops"] for one in lines if one["kind"] == "flops"}
+    assert flops["backward"] < flops["fixed"]
+    runs = {one["schedule"]: one for one in lines if one["kind"] == "run"}
+    assert runs.keys() == SCHEDULES.keys()
+    assert len({run["before"] for run in runs.values()}) == 1
+    assert all(run["loss"] < run["before"] and run["step"] > 0 for run in runs.values())
+    render_pretrained(options.out)
+    page = (tmp_path / "out.md").read_text()
+    assert f"| `backward: 0.5` | {runs['fixed']['before']:.3f} |" in page
 
 
 def measured(loss: float) -> dict[str, float]:

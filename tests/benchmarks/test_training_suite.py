@@ -137,9 +137,12 @@ def test_requirements_are_judged_by_ratios_within_turns():
     ]
     assert judged["cpu"][1].measured == "of its time: 1.08"
     mixture = [entry("experts_floor", 80, 1.0, 10.0), entry("experts-3", 100, 1.1, 11.0)]
-    (only,) = requirements({"device": "cpu", "experts": True, "contestants": mixture})
-    assert only.met
-    assert only.measured == "of its time: 1.10"
+    mixture += [entry("experts_peft-3", 100, 1.3, 13.0), entry("experts_lora-3", 100, 1.0, 10.0)]
+    in_place, adapter = requirements({"device": "cpu", "experts": True, "contestants": mixture})
+    assert in_place.met
+    assert in_place.measured == "of its time: 1.10"
+    assert not adapter.met
+    assert adapter.measured == "of its time: 1.30"
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_a_budget_takes_what_can_be_an_adapter(make: Any, chosen: set[str]) -> N
     [
         (Attention(), "attention.in_proj_weight", "of a MultiheadAttention cannot be"),
         (Recurrent(), "lstm.weight_hh_l0", "of a LSTM cannot be"),
-        (Own(), "places", "PEFT replaces only parts"),
+        (Own(), "places", "the model reads it itself"),
         (Own(), "weights.0", "of a ParameterList cannot be"),
         (Norm(), "table.weight", "norms that forbid it"),
     ],

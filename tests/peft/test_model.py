@@ -443,3 +443,16 @@ def test_what_reads_a_parameter_from_outside_finds_the_neurons() -> None:
     attention(x, x, x, need_weights=False)[0].square().mean().backward()
     index, rows = weight.neft_index["default"], weight.neft_rows["default"]
     torch.testing.assert_close(rows.grad, attention.out_proj.weight.grad[index])
+
+
+def test_a_parameter_of_the_whole_model_is_no_neuron_of_a_module() -> None:
+    class Model(Convolutions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = nn.Parameter(torch.ones(4, 3))
+
+    model = get_peft_model(Model(), NeftConfig(neurons="50%"))
+    assert not any("scales" in name for name in layers(model))
+    counts = {"scales": [2, 0]}
+    with pytest.raises(NeftError, match=r"scales: the model reads it itself"):
+        get_peft_model(Model(), NeftConfig(neurons=1, counts=counts))

@@ -177,19 +177,6 @@ def test_no_token_visits_the_experts_with_rows(run: Any, mode: Any) -> None:
     assert rows_of(attached, "0.weight").grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
-def test_training_after_inference(run: Any) -> None:
-    model, x = nn.Sequential(_Experts(run, False)).double(), torch.randn(TOKENS, IN).double()
-    plain, picks = copy.deepcopy(model), {"0.weight": PICKS["first"]}
-    attached = ns.attach(model, select(model, picks), mode="overlay")
-    with torch.inference_mode():
-        torch.testing.assert_close(model(x), plain(x))
-    _backward(model, x)
-    _backward(plain, x)
-    dense = vectors(plain.get_parameter("0.weight").grad, *PICKS["first"])
-    torch.testing.assert_close(rows_of(attached, "0.weight").grad, dense)
-
-
 @pytest.mark.parametrize("picks", [PICKS["first"], PICKS["second"]], ids=["first", "second"])
 def test_autocast_where_the_product_has_none(picks: Any) -> None:
     model, x = nn.Sequential(_Experts(_grouped, False)), torch.randn(TOKENS, IN)
@@ -199,6 +186,26 @@ def test_autocast_where_the_product_has_none(picks: Any) -> None:
         put(plain.get_parameter("0.weight"), *picks, rows.add_(1))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_before_the_training(without: Any, run: Any, mode: Any) -> None:
+    model, x = nn.Sequential(_Experts(run, False)).double(), torch.randn(TOKENS, IN).double()
+    plain = copy.deepcopy(model)
+    axes, index = PICKS["first"]
+    attached = ns.attach(model, select(model, {"0.weight": (axes, index)}), mode=mode)
+    with torch.no_grad():
+        (rows,) = attached.parameters()
+        rows.add_(0.1)
+        put(plain.get_parameter("0.weight"), axes, index, rows)
+    with without():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    _backward(plain, x)
+    _backward(model, x)
+    dense = vectors(plain.get_parameter("0.weight").grad, axes, index)
+    torch.testing.assert_close(rows.grad, dense, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -11,6 +11,11 @@ from benchmarks.selection.pretrained.arms import ARMS
 
 RATE = 1e-3  # learning rates are this times powers of two
 HEAD_RATE = 1e-3  # of a classifier's head, in every arm
+SCHEDULES: dict[str, dict[str, float]] = {  # of a recipe
+    "fixed": {},
+    "backward": {"backward": 0.5},
+    "regrow": {"regrow": 0.3, "regrow_every": 10, "regrow_batches": 4},
+}
 PRECISIONS = ("float32", "bfloat16")  # of matrix products; weights and optimizers have float32
 
 
@@ -97,6 +102,21 @@ class PretrainedOptions:
         """What makes the results."""
         flag = f" --precision {self.precision}" * (self.precision != PRECISIONS[0])
         return f"python -m benchmarks selection --model {self.model} --text TEXT{flag}"
+
+    @property
+    def schedule_results(self) -> Path:
+        """The file of finished runs with schedules."""
+        return self.out / f"schedules-{self.model}.jsonl"
+
+    @property
+    def schedule_steps(self) -> int:
+        """Optimizer steps of a run with a schedule."""
+        return 3 if self.quick else 40
+
+    @property
+    def schedule_command(self) -> str:
+        """What makes the runs with schedules."""
+        return f"python -m benchmarks selection --model {self.model} --schedules --text TEXT"
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for runs to be comparable, as JSON values."""

