@@ -24,7 +24,6 @@ ELSEWHERE = {
     "checkpoint/dequantized.py": "quantization/test_layouts.py",
     "peft/choosing.py": "peft/test_model.py",
     "peft/config.py": "peft/test_model.py",
-    "peft/layer.py": "peft/test_model.py",
     "progress.py": "surgery/test_verify.py",
     "quantization/weight.py": "quantization/test_layouts.py",
     "scoring/partial_sums.py": "scoring/test_engine.py",

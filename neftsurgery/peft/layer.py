@@ -7,6 +7,7 @@ computes, its parameters carry the neurons (`neftsurgery.tuning.neuron_weight`).
 
 from __future__ import annotations
 
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from ..tuning.linear_weight import LinearNeurons
 from ..tuning.neuron_weight import NeuronWeight, WeightNeurons
 from .base_vectors import base_digest, require_base, weight_shape
 from .choosing import ChosenNeurons
+
+_LOCK = threading.Lock()
 
 
 class AdaptedWeight(nn.Module, BaseTunerLayer):
@@ -54,8 +57,9 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     @property
     def held(self) -> Tensor:
-        """The parameter, as the module holds it."""
-        return self.get_base_layer()._parameters[self.attribute]  # type: ignore[return-value]
+        """The parameter, as the module holds it; of a replica of `nn.DataParallel` it is an attribute."""
+        weight = getattr(self.get_base_layer(), self.attribute)
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     def _whole(self) -> Tensor:
         """The parameter's values, in its shape; of a quantized one, a copy."""
@@ -125,8 +129,6 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """The inverse of `merge`: to the bit, where the weight is not quantized."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self._write(name, self.neft_saved.pop(name))
@@ -156,9 +158,17 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
         rows, index = zip(*parts, strict=True)
         return torch.cat(rows), torch.cat(index)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
-        return False
+    def carrying(self) -> NeuronWeight | None:
+        """The parameter with the neurons of the active adapters, if there are any."""
+        if not (self.counts() and self.active()):
+            return None
+        rows, index = self.joined(self.active())
+        neurons: Any = SimpleNamespace(
+            weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
+            trainable=True, disabled=False, refresh=lambda: None,
+        )  # fmt: skip
+        read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
+        return NeuronWeight.of(read, self.held, rows, self.layout, index)
 
     def __repr__(self) -> str:
         return "neft." + super().__repr__()
@@ -178,6 +188,12 @@ class NeftLayer(AdaptedWeight):
         base = self.get_base_layer()
         self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
         self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's; it carries the neurons of the active adapters, for what computes with it by itself."""
+        carrying = self.carrying() if is_plain(self.held) else None
+        return super().weight if carrying is None else carrying
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
@@ -222,29 +238,13 @@ class NeftLayer(AdaptedWeight):
         return torch.cat(outputs).index_select(0, torch.cat(places).argsort())
 
 
-class NeftParameter(AdaptedWeight):
-    """The adapters of a parameter that its module reads itself."""
-
-    def carrying(self) -> NeuronWeight | None:
-        """The parameter with the neurons of the active adapters, if there are any."""
-        if not (self.counts() and self.active()):
-            return None
-        rows, index = self.joined(self.active())
-        neurons: Any = SimpleNamespace(
-            weight=self.held, layout=self.layout, rows=rows, index=index, by_expert=None, mode="overlay",
-            trainable=True, disabled=False, refresh=lambda: None,
-        )  # fmt: skip
-        read = (LinearNeurons if LinearNeurons.fits((neurons,)) else WeightNeurons)((neurons,))
-        return NeuronWeight.of(read, self.held, rows, self.layout, index)
-
-
 class NeftModule(nn.Module):
     """Wraps a module that reads parameters itself: they carry the neurons of the active adapters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.base_layer = module
-        self.adapted = nn.ModuleDict()  # by the names of the parameters
+        self.base_layer, self.running = module, 0
+        self.adapted = nn.Module()  # its modules have the names of the parameters
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks is the module's: a parent may read its parameters."""
@@ -253,7 +253,8 @@ class NeftModule(nn.Module):
         except AttributeError:
             if name in ("base_layer", "adapted"):
                 raise
-            carrying = self.adapted[name].carrying() if name in self.adapted else None  # type: ignore[operator]
+            one: Any = self.adapted._modules.get(name)
+            carrying = None if one is None else one.carrying()
             return getattr(self.base_layer, name) if carrying is None else carrying
 
     def get_base_layer(self) -> nn.Module:
@@ -263,22 +264,24 @@ class NeftModule(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As `AdaptedWeight.merge`, of all parameters."""
         weight: Any
-        for weight in self.adapted.values():
+        for weight in self.adapted.children():
             weight.merge(safe_merge, adapter_names)
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the vectors of the active adapters."""
-        if adapter_names is not None:
-            what = "examples of one batch cannot have adapters of their own for stacked weights"
-            raise UsageError(what, tensor=next(iter(self.adapted)), hint="run them one adapter at a time")
-        weights: Any = self.adapted.items()
+        weights: Any = self.adapted.named_children()
         carrying = {name: found for name, one in weights if (found := one.carrying()) is not None}
-        self.base_layer.__dict__.update(carrying)
+        attributes = self.base_layer.__dict__
+        with _LOCK:  # other threads may compute with the module meanwhile
+            self.running += 1
+            attributes.update(carrying)
         try:
             return self.base_layer(*args, **kwargs)
         finally:
-            for name in carrying:
-                self.base_layer.__dict__.pop(name, None)
+            with _LOCK:
+                self.running -= 1
+                for name in carrying if not self.running else ():
+                    attributes.pop(name, None)
 
 
 def _check_base(weight: AdaptedWeight, *_: Any) -> None:

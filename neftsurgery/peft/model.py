@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from ..tuning.weight_plans import unreadable
 from .base_vectors import file_vectors, neurons_in_files, quantization_of
 from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
-from .layer import AdaptedWeight, NeftLayer, NeftModule, NeftParameter
+from .layer import AdaptedWeight, NeftLayer, NeftModule
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
+        self.unmerge_adapter()  # type: ignore[no-untyped-call]  # as PEFT does once the new one is there
         refuse_tensor_parallel(model)
         if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)
@@ -97,23 +98,16 @@ class NeftModel(BaseTuner):
             weight = NeftLayer(name, module, axes, how) if known else NeftModule(module)
             self._replace_module(parent, child, weight, module)
         if isinstance(weight, NeftModule):
-            if attribute not in weight.adapted:
-                weight.adapted[attribute] = NeftParameter(name, weight.base_layer, axes)
-            weight = weight.adapted[attribute]
-        if weight.layout.axes != axes:
-            raise UsageError(
-                "the parameter has an adapter with neurons along another axis",
-                tensor=name,
-                expected=list(weight.layout.axes),
-                found=list(axes),
-            )
+            if not hasattr(weight.adapted, attribute):
+                weight.adapted.add_module(attribute, AdaptedWeight(name, weight.base_layer, axes))
+            weight = getattr(weight.adapted, attribute)
         return weight  # type: ignore[no-any-return]
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(child, NeftModule) or isinstance(new_module, NeftModule):  # PEFT looks for a weight
-            setattr(parent, child_name, new_module)
-        else:
+        if isinstance(child, NeftLayer) or isinstance(new_module, NeftLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:  # PEFT looks for a weight
+            setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -122,11 +116,14 @@ class NeftModel(BaseTuner):
         if names is None:
             yield
             return
-        kinds = (NeftLayer, NeftModule, ModulesToSaveWrapper)
-        layers: list[Any] = [one for one in self.modules() if isinstance(one, kinds)]
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, (NeftLayer, ModulesToSaveWrapper))]
         batch = next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), len(names))
         if unknown := {*names} - {"__base__", *self.peft_config}:
             raise UsageError("the model has no such adapter", found=", ".join(sorted(unknown)))
+        own = [m for m in self.modules() if isinstance(m, AdaptedWeight) and not isinstance(m, NeftLayer)]
+        if own:
+            what = "examples cannot have adapters of their own for stacked weights, or what else modules read"
+            raise UsageError(what, tensor=own[0].name, hint="run a batch for each adapter")
         if batch != len(names) or self.training or any(getattr(one, "merged", False) for one in layers):
             what = "adapter_names is a name for each example, in evaluation, while no adapter is merged"
             raise UsageError(what, found=f"{len(names)} names for {batch} examples")
@@ -144,12 +141,17 @@ class NeftModel(BaseTuner):
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by their names in the bare model, without those that other adapters have put in."""
-    return {key.removesuffix(".base_layer"): module for key, module in model.named_modules()}
+    return {
+        key.removesuffix(".base_layer"): module
+        for key, module in model.named_modules()
+        if {"modules_to_save", "original_module"}.isdisjoint(key.split("."))
+    }
 
 
 def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise an error unless neurons along these axes of the model's parameters can be an adapter."""
     modules = _modules(model)
+    held = {one.name: one.layout.axes for one in model.modules() if isinstance(one, AdaptedWeight)}
     owners: dict[int, list[str]] = {}
     for path, owner in modules.items():
         for parameter in owner._parameters.values():
@@ -163,6 +165,10 @@ def require_supported(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -
                 "the model has no such parameter", tensor=name, hint="use the adapter's own base"
             )
         problem = _unsupported(module, attribute, axes) if own else "the model reads it itself"
+        if isinstance(m := model.get_submodule(own), BaseTunerLayer) and not isinstance(m, AdaptedWeight):
+            problem = "its module has an adapter of another method"
+        if held.get(name, axes) != axes:
+            problem = f"it has an adapter with neurons along other axes, {list(held[name])}, not {list(axes)}"
         if others := [path for path in owners[id(parameter)] if path != own]:
             problem = f"the weight is tied to {others[0]}, and an adapter would change only one of them"
         if problem is not None:
@@ -197,11 +203,17 @@ def _unsupported(module: nn.Module, attribute: str, axes: tuple[int, ...]) -> st
     """Why neurons of a parameter cannot be an adapter; None if they can."""
     forward, weight = forward_of(module), module._parameters[attribute]
     assert weight is not None  # the model has it
-    if forward is None and not isinstance(module, nn.RNNBase):
+    if forward is None and _is_read(module):
         return unreadable(module, attribute, not is_plain(weight), has_foreign_forward(module))
     if forward is None or attribute != "weight" or forward.kind_of(axes) is None:
         return f"{attribute} along axes {list(axes)} of a {type(module).__name__} cannot be an adapter"
     return None if forward.covers(module) else "its layer has padding, groups or norms that forbid it"
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether a `NeftModule` can stand before a module, which has no parts and is called or read by name."""
+    inner = any(True for child in module.children() for _ in child.parameters())
+    return not (inner or isinstance(module, nn.RNNBase) or hasattr(type(module), "__getitem__"))
 
 
 def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -211,10 +223,9 @@ def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.
     """
     within = config if config.target_modules else dataclasses.replace(config, target_modules=".*")
     for path, module in _modules(model).items():
-        if not path:
-            continue  # PEFT wraps no whole model
         known = forward_of(module) is not None
+        if not (path and (known or _is_read(module)) and check_target_module_exists(within, path)):
+            continue  # PEFT wraps no whole model
         for attribute, parameter in module._parameters.items():
-            wanted = attribute == "weight" if known else parameter is not None and parameter.dim() > 1
-            if parameter is not None and wanted and check_target_module_exists(within, path):
+            if parameter is not None and (attribute == "weight" if known else parameter.dim() > 1):
                 yield f"{path}.{attribute}", module

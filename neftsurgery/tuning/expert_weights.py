@@ -112,7 +112,8 @@ class FrozenExperts(Function):
         out = multiply(x, weight).detach()  # no view for autograd, so that it may be changed in place
         if delta is not None:
             out, delta, flat = out.contiguous(), delta.to(out.dtype), x.to(out.dtype).flatten(0, -2)
-            experts.add(out.view(-1, out.shape[-1]), flat, delta, _tokens(order, ends), outputs)
+            with torch.autocast(x.device.type, enabled=False):
+                experts.add(out.view(-1, out.shape[-1]), flat, delta, _tokens(order, ends, x), outputs)
         kept = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x.to(out.dtype), kept, delta, order, ends)
         ctx.experts, ctx.outputs, ctx.multiply = experts, outputs, multiply
@@ -128,7 +129,7 @@ class FrozenExperts(Function):
             of_x = ctx.multiply(grad.contiguous(), weight.to(grad.dtype).transpose(-2, -1))
             if delta is not None:
                 of_x, flat = of_x.contiguous(), grad.flatten(0, -2)
-                tokens = _tokens(order, ends)
+                tokens = _tokens(order, ends, grad)
                 ctx.experts.add(of_x.view(-1, of_x.shape[-1]), flat, delta, tokens, not ctx.outputs)
         if ctx.needs_input_grad[1]:
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
@@ -138,8 +139,8 @@ class FrozenExperts(Function):
         return of_x, of_rows, None, None, None, None, None, None, None
 
 
-def _tokens(order: Tensor | None, ends: Tensor) -> list[Tensor]:
-    """The numbers of each expert's tokens."""
+def _tokens(order: Tensor | None, ends: Tensor, x: Tensor) -> list[Tensor]:
+    """The numbers of each expert's tokens in ``x``."""
     last = [0, *ends.tolist()]
-    order = torch.arange(last[-1], device=ends.device) if order is None else order
+    order = torch.arange(last[-1], device=x.device) if order is None else order
     return [order[start:end] for start, end in pairwise(last)]

@@ -194,7 +194,7 @@ class _Embedding(LayerForward):
     is_lookup = True
 
     def covers(self, module: Any) -> bool:
-        return not (module.scale_grad_by_freq or module.sparse)
+        return not (module.scale_grad_by_freq or module.sparse or module.max_norm)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         padding = module.padding_idx

@@ -177,6 +177,17 @@ def test_no_token_visits_the_experts_with_rows(run: Any, mode: Any) -> None:
     assert rows_of(attached, "0.weight").grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("picks", [PICKS["first"], PICKS["second"]], ids=["first", "second"])
+def test_autocast_where_the_product_has_none(picks: Any) -> None:
+    model, x = nn.Sequential(_Experts(_grouped, False)), torch.randn(TOKENS, IN)
+    plain = copy.deepcopy(model)
+    rows = rows_of(ns.attach(model, select(model, {"0.weight": picks}), mode="overlay"), "0.weight")
+    with torch.no_grad():
+        put(plain.get_parameter("0.weight"), *picks, rows.add_(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), plain(x))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("run", [_one_by_one, _gathered, _grouped])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
