@@ -219,13 +219,17 @@ def _is_read(module: nn.Module) -> bool:
 def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.Module]]:
     """The parameters that a budget may choose from, by name, and their modules.
 
-    They are weights of layers whose way to compute is known, and what other modules read themselves.
+    They are weights of layers whose way to compute is known, and what other modules read themselves. Those
+    that cannot be adapted are not among them.
     """
     within = config if config.target_modules else dataclasses.replace(config, target_modules=".*")
     for path, module in _modules(model).items():
-        known = forward_of(module) is not None
-        if not (path and (known or _is_read(module)) and check_target_module_exists(within, path)):
+        forward = forward_of(module)
+        covered = _is_read(module) if forward is None else forward.covers(module)
+        if not (path and covered and check_target_module_exists(within, path)):
             continue  # PEFT wraps no whole model
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None and (attribute == "weight" if known else parameter.dim() > 1):
+        for attribute, weight in module._parameters.items():
+            if (forward is not None and attribute == "weight") or (
+                forward is None and weight is not None and weight.dim() > 1 and is_plain(weight)
+            ):
                 yield f"{path}.{attribute}", module

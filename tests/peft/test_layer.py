@@ -203,3 +203,16 @@ def test_modules_that_are_saved_whole() -> None:
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), before)
     assert [type(one) for one in merged.modules()] == [type(one) for one in base.modules()]
+
+
+def test_a_budget_leaves_out_what_cannot_be_adapted() -> None:
+    """The codes of quantized experts, and a convolution by channel; a file that names one is refused."""
+    codes = nn.Parameter(torch.ones(2, 8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    parts = {"linear": nn.Linear(8, 8), "by_channel": nn.Conv1d(8, 8, 3, groups=8), "experts": nn.Module()}
+    model = nn.ModuleDict(parts)
+    model["experts"].register_parameter("gate_up_proj", codes)
+    found = get_peft_model(copy.deepcopy(model), NeftConfig(neurons="100%"))
+    assert layers(found).keys() == {"linear.weight"}
+    for name, axes in (("by_channel.weight", [0]), ("experts.gate_up_proj", [0, 1])):
+        with pytest.raises(NeftError, match=f"tensor {name}: "):
+            get_peft_model(copy.deepcopy(model), NeftConfig(neurons=1, counts={name: [1, *axes]}))
