@@ -178,8 +178,11 @@ def _schedules(file: Path) -> Iterator[str]:
 
 def _study(study: PretrainedStudy) -> Iterator[str]:
     yield f"### {study.examples} examples"
-    columns = " | ".join(study.tasks)
-    yield f"Test loss{' and accuracy' * ('accuracy' in _any(study)['test'])}, mean and deviation over seeds."
+    columns, articles = " | ".join(study.tasks), "wikitext" in _any(study)
+    columns += " | articles" * articles
+    of_articles = ", and the loss on articles, which shows forgetting" * articles
+    accuracy = " and accuracy" * ("accuracy" in _any(study)["test"])
+    yield f"Test loss{accuracy}{of_articles}: mean and deviation over seeds."
     head = f"| | trained, % | {columns} | runs |"
     yield table(head, (quality_row(study, name) for name in ["start", *(a.name for a in study.arms)]))
     looks = [str(step) for step in study.setting["setting"]["looks"]]
@@ -215,6 +218,8 @@ def quality_row(study: PretrainedStudy, name: str) -> str:
         if loss is not None and "accuracy" in _any(study)["test"]:
             right = study.figure(name, task, lambda line: 100 * line["test"]["accuracy"])
             cells[-1] += f" / {right:.1f}"
+    if "wikitext" in _any(study):
+        cells.append(f"{Mean.of([line['wikitext'] for line in runs.values()]):.3f}")
     share = "0"
     if name != "start":
         share = f"{100 * mean(line['trainable'] for line in runs.values()) / study.setting['parameters']:.2f}"
