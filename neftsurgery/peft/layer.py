@@ -129,6 +129,8 @@ class AdaptedWeight(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """The inverse of `merge`: to the bit, where the weight is not quantized."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             self._write(name, self.neft_saved.pop(name))

@@ -44,7 +44,9 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
-        self.unmerge_adapter()  # type: ignore[no-untyped-call]  # as PEFT does once the new one is there
+        for weight in model.modules():  # as PEFT does once the new one is there
+            if isinstance(weight, AdaptedWeight) and weight.merged:
+                weight.unmerge()
         refuse_tensor_parallel(model)
         if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)

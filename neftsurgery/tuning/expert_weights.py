@@ -110,10 +110,11 @@ class FrozenExperts(Function):
     ) -> Tensor:
         """``[..., out]``; the weight is ``[E, in, out]``."""
         out = multiply(x, weight).detach()  # no view for autograd, so that it may be changed in place
+        ctx.tokens = None if delta is None else _tokens(order, ends, x)
         if delta is not None:
             out, delta, flat = out.contiguous(), delta.to(out.dtype), x.to(out.dtype).flatten(0, -2)
             with torch.autocast(x.device.type, enabled=False):
-                experts.add(out.view(-1, out.shape[-1]), flat, delta, _tokens(order, ends, x), outputs)
+                experts.add(out.view(-1, out.shape[-1]), flat, delta, ctx.tokens, outputs)
         kept = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x.to(out.dtype), kept, delta, order, ends)
         ctx.experts, ctx.outputs, ctx.multiply = experts, outputs, multiply
@@ -129,8 +130,7 @@ class FrozenExperts(Function):
             of_x = ctx.multiply(grad.contiguous(), weight.to(grad.dtype).transpose(-2, -1))
             if delta is not None:
                 of_x, flat = of_x.contiguous(), grad.flatten(0, -2)
-                tokens = _tokens(order, ends, grad)
-                ctx.experts.add(of_x.view(-1, of_x.shape[-1]), flat, delta, tokens, not ctx.outputs)
+                ctx.experts.add(of_x.view(-1, of_x.shape[-1]), flat, delta, ctx.tokens, not ctx.outputs)
         if ctx.needs_input_grad[1]:
             x, grad = x.flatten(0, -2), grad.flatten(0, -2)
             if order is not None:

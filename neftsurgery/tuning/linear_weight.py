@@ -76,7 +76,7 @@ class LinearNeurons(WeightNeurons):
         part = self.frozen()
         if self.overlaid:
             part = part.clone()
-            (rows, _) = self._chosen()
+            rows, _ = self._chosen()
             write_vectors(part, self.layout, self.index, rows)
         return part
 
